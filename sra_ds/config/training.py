@@ -1,0 +1,133 @@
+"""How a model is trained, evaluated, saved and logged. The DeepSpeed JSON owns ZeRO and offload only."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from sra_ds.config.base import BY_KIND, Part
+
+
+class AdamWConfig(Part):
+    """torch's AdamW, fused where the device has it; no decay on biases, norms and anchors."""
+
+    kind: Literal["adamw"] = "adamw"
+    learning_rate: float = Field(3e-4, gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+
+
+class SgdConfig(Part):
+    """Plain SGD: for tests, since Adam hides gradients of the wrong scale."""
+
+    kind: Literal["sgd"] = "sgd"
+    learning_rate: float = Field(0.1, gt=0)
+    momentum: float = Field(0.0, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+
+
+OptimizerConfig = Annotated[AdamWConfig | SgdConfig, Field(discriminator="kind"), BY_KIND]
+
+
+class ScheduleConfig(Part):
+    """Learning rate over the run: linear warm-up, then the named shape down to `final` x peak."""
+
+    kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    final: float = Field(0.0, ge=0, le=1)
+    """Last learning rate as a share of the peak."""
+    decay: float = Field(0.2, gt=0, le=1)
+    """Share of the steps in the last, falling stage of `wsd` (warm-up, stable, decay)."""
+
+
+Knot = tuple[float, float]
+
+
+def _check_knots(name: str, knots: tuple[Knot, ...]) -> None:
+    starts = [at for at, _ in knots]
+    if starts and (starts[0] != 0.0 or starts != sorted(set(starts)) or starts[-1] >= 1.0):
+        raise ValueError(f"{name}: shares of the run must rise from 0 and stay below 1: {starts}")
+
+
+class TrainingConfig(Part):
+    """One optimizer step sees `batch_size` windows, whatever the number of processes."""
+
+    seed: int = Field(0, ge=0)
+    """Seeds the weights, the order of the windows and dropout."""
+    steps: int = Field(gt=0)
+    """Optimizer steps of the whole run."""
+    batch_size: int = Field(gt=0)
+    """Windows per optimizer step over all processes."""
+    micro_batch_size: int = Field(0, ge=0)
+    """Windows per forward pass and process; 0: as many as one step needs."""
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    """`auto`: bf16 on a GPU that has it, else fp32."""
+    gradient_clipping: float = Field(1.0, ge=0)
+    """Largest norm of the gradient; 0 switches clipping off."""
+    optimizer: OptimizerConfig = AdamWConfig()
+    schedule: Annotated[ScheduleConfig, BY_KIND] = ScheduleConfig()
+    top_k_schedule: tuple[Knot, ...] = ()
+    """Steps [[share of the run, k], ...]; empty: `model.channel.top_k` throughout."""
+    temperature_schedule: tuple[Knot, ...] = ()
+    """Linear pieces [[share of the run, temperature], ...] for a router with a fixed temperature."""
+    selection_bias_rate: float = Field(0.0, ge=0)
+    """Step u of the auxiliary-loss-free balancing b += u sign(mean load - load); 0: off."""
+    activation_checkpointing: bool = False
+    """Recompute attention and experts in backward; routing is kept, never recomputed."""
+    compile: bool = False
+    """`torch.compile` each block."""
+
+    @model_validator(mode="after")
+    def _schedules_rise(self) -> "TrainingConfig":
+        _check_knots("top_k_schedule", self.top_k_schedule)
+        _check_knots("temperature_schedule", self.temperature_schedule)
+        if any(k < 1 or k != int(k) for _, k in self.top_k_schedule):
+            raise ValueError("top_k_schedule: k must be a whole number of at least 1")
+        return self
+
+
+class EvaluationConfig(Part):
+    """Perplexity on the validation split."""
+
+    every: int = Field(0, ge=0)
+    """Steps between evaluations; 0: only at the end."""
+    batch_size: int = Field(32, gt=0)
+    """Windows per forward pass; results do not depend on it."""
+    stride: int = Field(0, ge=0)
+    """Tokens scored per window; 0: the sequence length (no overlap)."""
+    max_tokens: int = Field(0, ge=0)
+    """Cap on the tokens of evaluations during training; 0 and the final one: the whole split."""
+    legacy_sra: bool = True
+    """At the end also score the published PAD-counting protocol."""
+
+
+class CheckpointConfig(Part):
+    """What is kept in `checkpoints/` of the run directory."""
+
+    every: int = Field(0, ge=0)
+    """Steps between checkpoints; 0: only at the end and when asked to stop."""
+    keep: int = Field(2, ge=1)
+    """Newest checkpoints kept; older ones are deleted after the newer is verified."""
+    best: bool = True
+    """Keep the weights with the lowest validation loss in `checkpoints/best`."""
+
+
+class LoggingConfig(Part):
+    """Progress, metrics and samples."""
+
+    every: int = Field(10, gt=0)
+    """Steps between lines of `metrics.jsonl`."""
+    wandb: Literal["off", "offline", "auto"] = "off"
+    """`auto`: online when WANDB_API_KEY is set, else offline."""
+    prompts: tuple[str, ...] = ("Return the", "The function computes")
+    """Openings of the sample texts written at the end."""
+    sample_tokens: int = Field(60, ge=0)
+    """New tokens per sample."""
+
+
+class ParallelConfig(Part):
+    """Layout over processes that is not the DeepSpeed JSON's."""
+
+    expert_parallel_size: Literal[1] = 1
+    """Processes that share one set of experts."""

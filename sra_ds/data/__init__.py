@@ -1,0 +1,1 @@
+"""corpora -> tokenizer -> packed token shards -> resumable windows."""

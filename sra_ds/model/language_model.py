@@ -1,0 +1,134 @@
+"""The language model all families share: embedding -> blocks[mixer, channel] -> norm -> head.
+
+Letters: B sequences, T positions, D width, V vocabulary, L layers.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sra_ds.config.model import ModelConfig
+from sra_ds.config.recipe import Recipe
+from sra_ds.model.block import Block
+from sra_ds.model.context import Context, DecodingState, visible_positions
+from sra_ds.model.embeddings import EMBEDDINGS
+from sra_ds.model.heads import HEADS
+from sra_ds.model.init import initialise
+from sra_ds.moe.routing import Routing
+from sra_ds.ops.linear_cross_entropy import IGNORED
+
+
+class ModelOutput(NamedTuple):
+    """Everything a forward pass found out; losses and metrics are functions of it."""
+
+    loss_sum: Tensor | None
+    """Sum of -log p over the counted targets, None without targets."""
+    token_count: Tensor | None
+    """Number of counted targets."""
+    token_nll_BT: Tensor | None
+    """-log p of each target, 0 where ignored; no gradient."""
+    routings: list[Routing]
+    """One per routed layer, in order."""
+    facts: dict[str, Tensor]
+    """Further measurements, named `layer<i>/<fact>`."""
+    logits: Tensor | None = None
+    """B x T x V, only without targets."""
+
+    @property
+    def anchor_grams(self) -> list[Tensor]:
+        """Cosines between the anchors of each layer that has anchors, E x E."""
+        return [r.anchor_gram_EE for r in self.routings if r.anchor_gram_EE is not None]
+
+
+class LanguageModel(nn.Module):
+    """Built without values; `build_model` initialises it."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_size = vocab_size
+        self.recompute = False
+        self.embedding = EMBEDDINGS[type(config.embedding)](
+            config.embedding, vocab_size, config.width
+        )
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.final_norm = nn.LayerNorm(config.width)
+        self.head = HEADS[type(config.head)](config.head)
+
+    def forward(
+        self,
+        ids_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        document_ids_BT: Tensor | None = None,
+        valid_BT: Tensor | None = None,
+        state: DecodingState | None = None,
+        keep_scores: bool = False,
+    ) -> ModelOutput:
+        """Logits, or with targets (-100 = not counted) the summed loss.
+
+        `valid_BT` False marks padding: invisible to other positions and to routing statistics. With a
+        `state` the T ids continue the sequences decoded before.
+        """
+        context = self._context(ids_BT, document_ids_BT, valid_BT, state, keep_scores)
+        x_BTD = self.embedding(ids_BT, context.positions_T)
+        routings: list[Routing] = []
+        facts: dict[str, Tensor] = {}
+        for number, block in enumerate(self.blocks):
+            cache = None if state is None else state.layers[number]
+            x_BTD, found = block(x_BTD, context, cache)
+            if "routing" in found:
+                routings.append(found.pop("routing"))
+            facts |= {f"layer{number}/{name}": value for name, value in found.items()}
+        h_ND = self.final_norm(x_BTD).flatten(0, 1)
+        if targets_BT is None:
+            logits_NV, _ = self.head(h_ND, self.embedding)
+            logits = logits_NV.view(*ids_BT.shape, -1)
+            return ModelOutput(None, None, None, routings, facts, logits)
+        loss_sum, nll_N = self.head(h_ND, self.embedding, targets_BT.flatten())
+        count = (targets_BT != IGNORED).sum()
+        return ModelOutput(loss_sum, count, nll_N.view_as(ids_BT), routings, facts)
+
+    def new_state(self) -> DecodingState:
+        """An empty state for incremental decoding."""
+        return DecodingState(len(self.blocks))
+
+    def routers(self) -> list[Any]:
+        """The router of each routed layer, in order."""
+        return [block.channel.moe.router for block in self.blocks if hasattr(block.channel, "moe")]  # type: ignore[union-attr]
+
+    def _context(
+        self,
+        ids_BT: Tensor,
+        document_ids_BT: Tensor | None,
+        valid_BT: Tensor | None,
+        state: DecodingState | None,
+        keep_scores: bool,
+    ) -> Context:
+        length = ids_BT.shape[1]
+        past = 0 if state is None else state.length
+        positions_T = torch.arange(past, past + length, device=ids_BT.device)
+        documents = document_ids_BT if self.config.document_boundaries else None
+        visible_valid = valid_BT
+        if state is not None:
+            new_documents = torch.zeros_like(ids_BT) if documents is None else documents
+            new_valid = torch.ones_like(ids_BT, dtype=torch.bool) if valid_BT is None else valid_BT
+            documents, visible_valid = state.extend(new_documents, new_valid)
+        visible = None
+        if documents is not None or visible_valid is not None:
+            visible = visible_positions(
+                documents, visible_valid, length, past + length, ids_BT.device
+            )
+        recompute = self.recompute and self.training and torch.is_grad_enabled()
+        return Context(ids_BT, positions_T, valid_BT, visible, keep_scores, recompute)
+
+
+def build_model(recipe: Recipe, device: str | torch.device = "cpu") -> LanguageModel:
+    """The recipe's model with its initial weights, a function of `training.seed` alone."""
+    with torch.device("meta"):
+        model = LanguageModel(recipe.model, recipe.data.tokenizer.vocab_size)
+    if str(device) == "meta":
+        return model
+    model.to_empty(device=device)
+    initialise(model, recipe.training.seed)
+    return model

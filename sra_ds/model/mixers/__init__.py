@@ -1,0 +1,10 @@
+"""Mixers: x_BTD, context -> (y_BTD, facts), causal; the only parts where tokens meet."""
+
+from typing import Any
+
+from torch import nn
+
+from sra_ds.config.model import AttentionConfig
+from sra_ds.model.mixers.attention import Attention
+
+MIXERS: dict[type[Any], type[nn.Module]] = {AttentionConfig: Attention}

@@ -1,0 +1,119 @@
+"""Feed-forward networks: one for all tokens, or E of them stacked for grouped products.
+
+Stacked parameters hold one expert per row of their first dimension: `up_weight` E x D x F, `up_bias`
+E x F, `down_weight` E x F x D, `down_bias` E x D, and for SwiGLU a `gate_weight` like `up_weight`.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sra_ds.config.model import FeedForwardConfig, GeluConfig, SwigluConfig
+from sra_ds.ops.grouped_linear import grouped_linear
+
+
+class ResidualLinear(nn.Linear):
+    """A projection that writes into the residual stream: its initial scale shrinks with depth."""
+
+
+class GeluFeedForward(nn.Module):
+    """down(dropout(gelu(up(x))))."""
+
+    def __init__(self, config: GeluConfig, width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, config.hidden, bias=config.bias)
+        self.down = ResidualLinear(config.hidden, width, bias=config.bias)
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x[..., D] -> [..., D]."""
+        hidden = F.gelu(self.up(x), approximate="tanh")
+        out: Tensor = self.down(F.dropout(hidden, self.dropout, self.training))
+        return out
+
+
+class SwigluFeedForward(nn.Module):
+    """down(dropout(silu(gate(x)) * up(x)))."""
+
+    def __init__(self, config: SwigluConfig, width: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(width, config.hidden, bias=False)
+        self.up = nn.Linear(width, config.hidden, bias=False)
+        self.down = ResidualLinear(config.hidden, width, bias=False)
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x[..., D] -> [..., D]."""
+        hidden = F.silu(self.gate(x)) * self.up(x)
+        out: Tensor = self.down(F.dropout(hidden, self.dropout, self.training))
+        return out
+
+
+class GroupedExperts(nn.Module):
+    """E feed-forward networks applied to rows grouped by expert."""
+
+    def __init__(self, config: FeedForwardConfig, experts: int, width: int) -> None:
+        super().__init__()
+        bias = isinstance(config, GeluConfig) and config.bias
+        self.experts, self.dropout = experts, config.dropout
+        self.up_weight = nn.Parameter(torch.empty(experts, width, config.hidden))
+        self.down_weight = nn.Parameter(torch.empty(experts, config.hidden, width))
+        self.up_bias = nn.Parameter(torch.empty(experts, config.hidden)) if bias else None
+        self.down_bias = nn.Parameter(torch.empty(experts, width)) if bias else None
+        self.gate_weight: nn.Parameter | None = None
+
+    def forward(self, x_RD: Tensor, offsets_E: Tensor, expert_of_row_R: Tensor) -> Tensor:
+        """Rows sorted by expert in, rows out."""
+        hidden_RF = self.activate(x_RD, offsets_E, expert_of_row_R)
+        hidden_RF = F.dropout(hidden_RF, self.dropout, self.training)
+        return grouped_linear(
+            hidden_RF, self.down_weight, self.down_bias, offsets_E, expert_of_row_R
+        )
+
+    def activate(self, x_RD: Tensor, offsets_E: Tensor, expert_of_row_R: Tensor) -> Tensor:
+        """The hidden layer's activations, R x F."""
+        raise NotImplementedError
+
+
+class GeluExperts(GroupedExperts):
+    """Stacked `GeluFeedForward`."""
+
+    def activate(self, x_RD: Tensor, offsets_E: Tensor, expert_of_row_R: Tensor) -> Tensor:
+        up_RF = grouped_linear(x_RD, self.up_weight, self.up_bias, offsets_E, expert_of_row_R)
+        return F.gelu(up_RF, approximate="tanh")
+
+
+class SwigluExperts(GroupedExperts):
+    """Stacked `SwigluFeedForward`."""
+
+    def __init__(self, config: FeedForwardConfig, experts: int, width: int) -> None:
+        super().__init__(config, experts, width)
+        self.gate_weight = nn.Parameter(torch.empty(experts, width, config.hidden))
+
+    def activate(self, x_RD: Tensor, offsets_E: Tensor, expert_of_row_R: Tensor) -> Tensor:
+        assert self.gate_weight is not None
+        gate_RF = grouped_linear(x_RD, self.gate_weight, None, offsets_E, expert_of_row_R)
+        up_RF = grouped_linear(x_RD, self.up_weight, None, offsets_E, expert_of_row_R)
+        return F.silu(gate_RF) * up_RF
+
+
+FEED_FORWARDS: dict[type[Any], type[nn.Module]] = {
+    GeluConfig: GeluFeedForward,
+    SwigluConfig: SwigluFeedForward,
+}
+EXPERTS: dict[type[Any], type[GroupedExperts]] = {
+    GeluConfig: GeluExperts,
+    SwigluConfig: SwigluExperts,
+}
+
+
+def build_feed_forward(config: FeedForwardConfig, width: int) -> nn.Module:
+    """One feed-forward network."""
+    return FEED_FORWARDS[type(config)](config, width)
+
+
+def build_experts(config: FeedForwardConfig, experts: int, width: int) -> GroupedExperts:
+    """E stacked feed-forward networks."""
+    return EXPERTS[type(config)](config, experts, width)

@@ -1,0 +1,179 @@
+"""Routers: (x_TD, valid_T, token_ids_T) -> Routing. The cosine router is what this project is about.
+
+    cosine   s = tau * cos(x, anchor_e)      anchors and temperature learned (SRA)
+    linear   s = W x (+ b)                   the usual router
+    random   cosine with frozen anchors      control: is learning the anchors worth anything?
+    hash     a fixed hash of the token id    control: is looking at the context worth anything?
+
+A router holds no history: `top_k`, the fixed temperature and the selection bias are set by controllers,
+and a forward pass changes nothing.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sra_ds.config.model import (
+    AnyRouterConfig,
+    CosineRouterConfig,
+    HashRouterConfig,
+    LinearRouterConfig,
+    RandomRouterConfig,
+    RouterConfig,
+)
+from sra_ds.moe.routing import Routing, route, statistics
+from sra_ds.ops.precision import at_least_float32
+
+NORM_EPS = 1e-8
+
+
+class ScoringRouter(nn.Module):
+    """What routers with scores share: noise and bias on the selection, float32 arithmetic."""
+
+    selection_bias_E: Tensor
+
+    def __init__(self, config: RouterConfig, experts: int, top_k: int) -> None:
+        super().__init__()
+        self.config, self.experts, self.top_k = config, experts, top_k
+        self.register_buffer("selection_bias_E", torch.zeros(experts))
+
+    def scores(self, x_TD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """scores_TE and further fields of the `Routing`."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        valid_T: Tensor | None = None,
+        token_ids_T: Tensor | None = None,
+        keep_scores: bool = False,
+    ) -> Routing:
+        """Route T tokens; `token_ids_T` is for routers that look at it."""
+        del token_ids_T
+        with torch.autocast(x_TD.device.type, enabled=False):
+            scores_TE, fields = self.scores(at_least_float32(x_TD))
+            selection_TE = scores_TE.detach() + self.selection_bias_E
+            if self.training and self.config.noise > 0:
+                selection_TE = selection_TE + self.config.noise * torch.randn_like(selection_TE)
+            routing = route(scores_TE, self.top_k, self.config.gate, valid_T, selection_TE)
+        return routing._replace(scores_TE=scores_TE if keep_scores else None, **fields)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ScoringRouter":
+        """Casting the model to bf16 leaves the selection bias in float32: its steps are small."""
+        dtype = self.selection_bias_E.dtype
+        super()._apply(fn, recurse)
+        if self.selection_bias_E.dtype in (torch.bfloat16, torch.float16):
+            self.selection_bias_E = self.selection_bias_E.to(dtype)
+        return self
+
+
+class CosineRouter(ScoringRouter):
+    """s_e = tau * x.a_e / (|x| |a_e|), with a learned, fixed or absent temperature tau."""
+
+    def __init__(self, config: CosineRouterConfig, width: int, experts: int, top_k: int) -> None:
+        super().__init__(config, experts, top_k)
+        self.config: CosineRouterConfig = config
+        self.anchors = nn.Parameter(torch.empty(experts, width))
+        entries = experts if config.temperature == "per_expert" else 1
+        if config.temperature in ("global", "per_expert"):
+            self.temperature = nn.Parameter(torch.full((entries,), config.initial_temperature))
+        else:
+            fixed = config.initial_temperature if config.temperature == "fixed" else 1.0
+            self.register_buffer("temperature", torch.full((1,), fixed))
+
+    def scores(self, x_TD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return cosine_scores(x_TD, self.anchors, self.temperature)
+
+
+class RandomRouter(ScoringRouter):
+    """Cosine scores against anchors that are never trained."""
+
+    anchors: Tensor
+    temperature: Tensor
+
+    def __init__(self, config: RandomRouterConfig, width: int, experts: int, top_k: int) -> None:
+        super().__init__(config, experts, top_k)
+        self.register_buffer("anchors", torch.empty(experts, width))
+        self.register_buffer("temperature", torch.full((1,), config.temperature))
+
+    def scores(self, x_TD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return cosine_scores(x_TD, self.anchors, self.temperature)
+
+
+class LinearRouter(ScoringRouter):
+    """s = W x (+ b)."""
+
+    def __init__(self, config: LinearRouterConfig, width: int, experts: int, top_k: int) -> None:
+        super().__init__(config, experts, top_k)
+        self.weight = nn.Parameter(torch.empty(experts, width))
+        self.bias = nn.Parameter(torch.empty(experts)) if config.bias else None
+
+    def scores(self, x_TD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        bias = None if self.bias is None else self.bias.to(x_TD.dtype)
+        return F.linear(x_TD, self.weight.to(x_TD.dtype), bias), {}
+
+
+class HashRouter(nn.Module):
+    """k experts by a fixed integer hash of (token id, expert); gates are 1/k."""
+
+    def __init__(self, config: HashRouterConfig, width: int, experts: int, top_k: int) -> None:
+        super().__init__()
+        del config, width
+        self.experts, self.top_k = experts, top_k
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        valid_T: Tensor | None = None,
+        token_ids_T: Tensor | None = None,
+        keep_scores: bool = False,
+    ) -> Routing:
+        """Route by token id; the token's vector is not looked at."""
+        if token_ids_T is None:
+            raise ValueError("the hash router needs token_ids_T")
+        every_E = torch.arange(self.experts, device=x_TD.device)
+        hashed_TE = _mix(token_ids_T.unsqueeze(-1) * self.experts + every_E)
+        ids_TK = hashed_TE.argsort(-1, stable=True)[:, : self.top_k]
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        shape = hashed_TE.shape
+        probs_TE = torch.full(shape, 1 / self.experts, dtype=dtype, device=x_TD.device)
+        lse_T = probs_TE.new_full(shape[:1], math.log(self.experts))
+        gates_TK = probs_TE.new_full(ids_TK.shape, 1 / self.top_k)
+        routing = Routing(gates_TK, ids_TK, *statistics(probs_TE, ids_TK, lse_T, valid_T))
+        return routing._replace(scores_TE=torch.zeros_like(probs_TE) if keep_scores else None)
+
+
+ROUTERS: dict[type[Any], type[nn.Module]] = {
+    CosineRouterConfig: CosineRouter,
+    LinearRouterConfig: LinearRouter,
+    RandomRouterConfig: RandomRouter,
+    HashRouterConfig: HashRouter,
+}
+
+
+def build_router(config: AnyRouterConfig, width: int, experts: int, top_k: int) -> nn.Module:
+    """The router a recipe names."""
+    return ROUTERS[type(config)](config, width, experts, top_k)
+
+
+def cosine_scores(
+    x_TD: Tensor, anchors_ED: Tensor, temperature: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """|temperature| * cosine of every token with every anchor, and the anchors' own cosines."""
+    anchors_ED = F.normalize(anchors_ED.to(x_TD.dtype), dim=-1, eps=NORM_EPS)
+    scale = temperature.to(x_TD.dtype).abs()
+    scores_TE = F.normalize(x_TD, dim=-1, eps=NORM_EPS) @ anchors_ED.T * scale
+    fields = {"anchor_gram_EE": anchors_ED @ anchors_ED.T, "temperature": scale.detach().mean()}
+    return scores_TE, fields
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A bijective 31-bit integer mix (xorshift-multiply), without overflow in int64."""
+    mask = 0x7FFFFFFF
+    x = (x ^ (x >> 15)) * 0x2C1B3C6D & mask
+    x = (x ^ (x >> 12)) * 0x297A2D39 & mask
+    return x ^ (x >> 15)

@@ -1,0 +1,98 @@
+"""Dispatch and combine: tokens to experts and back, dropless, without a Python loop.
+
+    plan = plan_dispatch(expert_ids_TK, E)       sort the T*K routes by expert
+    x_RD = dispatch(x_TD, plan)                  rows of one expert lie together
+    out_TD = combine(y_RD, gates_TK, plan)       sum over k of gate * row
+
+Both are permutations up to the factor K, so their backward passes are gathers too: no scatter, hence
+deterministic. Letters: T tokens, K routes per token, R = T*K routes, D width, E experts.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sra_ds.ops.precision import at_least_float32
+
+
+class DispatchPlan(NamedTuple):
+    """`order_R`: route numbers (t*K + k) sorted by expert, ties by route; `inverse_R`: its inverse;
+    `expert_of_row_R`: expert of each sorted row; `offsets_E`: int32 end of each expert's rows."""
+
+    order_R: Tensor
+    inverse_R: Tensor
+    expert_of_row_R: Tensor
+    offsets_E: Tensor
+
+
+def plan_dispatch(expert_ids_TK: Tensor, experts: int) -> DispatchPlan:
+    """Sort routes by expert. Every route is kept, whatever the load."""
+    ids_R = expert_ids_TK.flatten()
+    expert_of_row_R, order_R = ids_R.sort(stable=True)
+    inverse_R = torch.empty_like(order_R)
+    inverse_R.scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
+    every_E = torch.arange(experts, device=ids_R.device, dtype=ids_R.dtype)
+    offsets_E = torch.searchsorted(expert_of_row_R, every_E, right=True).to(torch.int32)
+    return DispatchPlan(order_R, inverse_R, expert_of_row_R, offsets_E)
+
+
+def dispatch(x_TD: Tensor, plan: DispatchPlan) -> Tensor:
+    """Rows of `x_TD`, one per route, in expert order: x_RD."""
+    result: Tensor = _Dispatch.apply(x_TD, plan.order_R, plan.inverse_R)
+    return result
+
+
+def combine(y_RD: Tensor, gates_TK: Tensor, plan: DispatchPlan) -> Tensor:
+    """out_TD[t] = sum_k gates_TK[t, k] * y of that route, in float32 at least, in y's dtype."""
+    result: Tensor = _Combine.apply(y_RD, gates_TK, plan.order_R, plan.inverse_R)
+    return result
+
+
+def dispatch_reference(x_TD: Tensor, plan: DispatchPlan) -> Tensor:
+    """Definition of `dispatch` by plain indexing."""
+    return x_TD[plan.order_R // (len(plan.order_R) // len(x_TD))]
+
+
+def combine_reference(y_RD: Tensor, gates_TK: Tensor, plan: DispatchPlan) -> Tensor:
+    """Definition of `combine` by adding each gated row to its token."""
+    gates_R = gates_TK.flatten()[plan.order_R]
+    rows_RD = at_least_float32(y_RD) * gates_R[:, None]
+    tokens_R = plan.order_R // gates_TK.shape[1]
+    out_TD = rows_RD.new_zeros(gates_TK.shape[0], y_RD.shape[1]).index_add(0, tokens_R, rows_RD)
+    return out_TD.to(y_RD.dtype)
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse_R)
+        ctx.tokens = x_TD.shape[0]
+        routes_per_token = order_R.shape[0] // max(x_TD.shape[0], 1)
+        return x_TD.index_select(0, order_R // max(routes_per_token, 1))
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (inverse_R,) = ctx.saved_tensors
+        rows_RD = grad_RD.index_select(0, inverse_R)
+        return rows_RD.view(ctx.tokens, -1, grad_RD.shape[1]).sum(1), None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, y_RD: Tensor, gates_TK: Tensor, order_R: Tensor, inverse_R: Tensor
+    ) -> Tensor:
+        rows_TKD = y_RD.index_select(0, inverse_R).view(*gates_TK.shape, y_RD.shape[1])
+        ctx.save_for_backward(rows_TKD, gates_TK, order_R)
+        weighted_TKD = at_least_float32(rows_TKD) * gates_TK.unsqueeze(-1)
+        return weighted_TKD.sum(1).to(y_RD.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+        rows_TKD, gates_TK, order_R = ctx.saved_tensors
+        grad_TD = at_least_float32(grad_TD)
+        grad_gates_TK = (at_least_float32(rows_TKD) * grad_TD.unsqueeze(1)).sum(-1)
+        gates_R = gates_TK.flatten().index_select(0, order_R)
+        grad_RD = grad_TD.index_select(0, order_R // gates_TK.shape[1]) * gates_R.unsqueeze(-1)
+        return grad_RD.to(rows_TKD.dtype), grad_gates_TK.to(gates_TK.dtype), None, None
