@@ -142,6 +142,14 @@ class TokenCorpus:
                 "prepare the corpus with that run's tokenizer.json (data.tokenizer.file)"
             )
 
+    def require_fingerprint(self, expected: str, owner: str) -> None:
+        """Raise `DataError` unless this is the very text `owner` was trained on."""
+        if self.fingerprint != expected:
+            raise DataError(
+                f"{self.folder} (fingerprint {self.fingerprint[:12]}) is not the corpus of {owner} "
+                f"({expected[:12]}): package versions or files changed; start a new run instead"
+            )
+
     def _verify(self) -> None:
         _check_file(self.tokenizer_file, None, self.manifest["tokenizer"]["sha256"])
         width = np.dtype(self.manifest["dtype"]).itemsize

@@ -22,16 +22,18 @@ from sra_ds.ops.linear_cross_entropy import IGNORED
 class ModelOutput(NamedTuple):
     """Everything a forward pass found out; losses and metrics are functions of it."""
 
-    loss_sum: Tensor | None
-    """Sum of -log p over the counted targets, None without targets."""
-    token_count: Tensor | None
-    """Number of counted targets."""
-    token_nll_BT: Tensor | None
-    """-log p of each target, 0 where ignored; no gradient."""
     routings: list[Routing]
     """One per routed layer, in order."""
     facts: dict[str, Tensor]
     """Further measurements, named `layer<i>/<fact>`."""
+    loss_sum: Tensor | None = None
+    """Sum of -log p over the counted targets; like the next three, only with targets."""
+    token_count: Tensor | None = None
+    """Number of counted targets."""
+    token_nll_BT: Tensor | None = None
+    """-log p of each target, 0 where ignored; no gradient."""
+    correct_BT: Tensor | None = None
+    """Whether the target has the largest logit; only without gradient."""
     logits: Tensor | None = None
     """B x T x V, only without targets."""
 
@@ -82,12 +84,17 @@ class LanguageModel(nn.Module):
             facts |= {f"layer{number}/{name}": value for name, value in found.items()}
         h_ND = self.final_norm(x_BTD).flatten(0, 1)
         if targets_BT is None:
-            logits_NV, _ = self.head(h_ND, self.embedding)
-            logits = logits_NV.view(*ids_BT.shape, -1)
-            return ModelOutput(None, None, None, routings, facts, logits)
-        loss_sum, nll_N = self.head(h_ND, self.embedding, targets_BT.flatten())
-        count = (targets_BT != IGNORED).sum()
-        return ModelOutput(loss_sum, count, nll_N.view_as(ids_BT), routings, facts)
+            logits_NV = self.head(h_ND, self.embedding).logits_NV
+            return ModelOutput(routings, facts, logits=logits_NV.view(*ids_BT.shape, -1))
+        found = self.head(h_ND, self.embedding, targets_BT.flatten())
+        return ModelOutput(
+            routings,
+            facts,
+            loss_sum=found.loss_sum,
+            token_count=(targets_BT != IGNORED).sum(),
+            token_nll_BT=found.nll_N.view_as(ids_BT),
+            correct_BT=None if found.correct_N is None else found.correct_N.view_as(ids_BT),
+        )
 
     def new_state(self) -> DecodingState:
         """An empty state for incremental decoding."""

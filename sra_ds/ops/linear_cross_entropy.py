@@ -24,10 +24,22 @@ def linear_cross_entropy(
     Targets of -100 count nothing. The token losses carry no gradient. At most `chunk_tokens` x V logits
     exist at a time.
     """
-    loss: tuple[Tensor, Tensor] = _LinearCrossEntropy.apply(
-        h_ND, weight_VD, targets_N, chunk_tokens, torch.is_grad_enabled()
-    )
+    loss: tuple[Tensor, Tensor] = _LinearCrossEntropy.apply(h_ND, weight_VD, targets_N, chunk_tokens)
     return loss
+
+
+@torch.no_grad()
+def linear_scores(
+    h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """For evaluation: the loss of each token, and whether its target has the largest logit."""
+    parts = []
+    for h_CD, targets_C in zip(h_ND.split(chunk_tokens), targets_N.split(chunk_tokens), strict=True):
+        logits_CV = at_least_float32(h_CD @ weight_VD.T)
+        nll_C = F.cross_entropy(logits_CV, targets_C, ignore_index=IGNORED, reduction="none")
+        parts.append((nll_C, logits_CV.argmax(-1) == targets_C))
+    nlls, hits = zip(*parts, strict=True)
+    return torch.cat(nlls), torch.cat(hits)
 
 
 def linear_cross_entropy_reference(
@@ -42,12 +54,12 @@ def linear_cross_entropy_reference(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk_tokens: int, grad: bool
+        ctx: Any, h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk_tokens: int
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(h_ND.dtype, torch.float32)
         nll_N = torch.empty(len(targets_N), dtype=wide, device=h_ND.device)
-        grad_h_ND = torch.empty_like(h_ND) if grad else None
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if grad else None
+        grad_h_ND = torch.empty_like(h_ND)
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide)
         for start in range(0, len(targets_N), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             h_CD, targets_C = h_ND[rows], targets_N[rows]
@@ -55,28 +67,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
             index_C1 = targets_C.clamp(min=0).unsqueeze(1)
             logits_CV = at_least_float32(h_CD @ weight_VD.T)
             lse_C = logits_CV.logsumexp(-1)
-            nll_C = lse_C - logits_CV.gather(1, index_C1).squeeze(1)
-            nll_N[rows] = nll_C * counted_C
-            if grad_h_ND is None or grad_weight_VD is None:
-                continue
+            nll_N[rows] = (lse_C - logits_CV.gather(1, index_C1).squeeze(1)) * counted_C
             grad_CV = logits_CV.sub_(lse_C.unsqueeze(1)).exp_()
             grad_CV.scatter_add_(1, index_C1, grad_CV.new_full(index_C1.shape, -1.0))
             grad_CV = grad_CV.mul_(counted_C.unsqueeze(1)).to(h_ND.dtype)
-            torch.mm(grad_CV, weight_VD, out=grad_h_ND[rows])
+            grad_h_ND[rows] = grad_CV @ weight_VD
             if wide == h_ND.dtype:
                 grad_weight_VD.addmm_(grad_CV.T, h_CD)
             else:
                 grad_weight_VD += grad_CV.T @ h_CD
-        if grad_h_ND is not None and grad_weight_VD is not None:
-            ctx.save_for_backward(grad_h_ND, grad_weight_VD.to(weight_VD.dtype))
+        ctx.save_for_backward(grad_h_ND, grad_weight_VD.to(weight_VD.dtype))
         ctx.mark_non_differentiable(nll_N)
         return nll_N.sum(), nll_N
 
     @staticmethod
     def backward(  # type: ignore[override]
         ctx: Any, grad_sum: Tensor, grad_nll: Tensor
-    ) -> tuple[Tensor, Tensor, None, None, None]:
+    ) -> tuple[Tensor, Tensor, None, None]:
         del grad_nll
         grad_h_ND, grad_weight_VD = ctx.saved_tensors
         scale = grad_sum.to(grad_h_ND.dtype)
-        return grad_h_ND * scale, grad_weight_VD * scale, None, None, None
+        return grad_h_ND * scale, grad_weight_VD * scale, None, None

@@ -1,11 +1,12 @@
 """Logits and loss through the embedding's table."""
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from sra_ds.config.model import TiedHeadConfig
-from sra_ds.ops.linear_cross_entropy import linear_cross_entropy
+from sra_ds.ops.linear_cross_entropy import linear_cross_entropy, linear_scores
 from sra_ds.ops.precision import at_least_float32
 
 
@@ -13,6 +14,16 @@ class TiedTable(Protocol):
     """The embedding's side of a tied head."""
 
     def output_factors(self, h_ND: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class HeadOutput(NamedTuple):
+    """Logits N x V without targets; with them the summed loss, each token's loss and, outside
+    training, whether its target had the largest logit."""
+
+    logits_NV: Tensor | None = None
+    loss_sum: Tensor | None = None
+    nll_N: Tensor | None = None
+    correct_N: Tensor | None = None
 
 
 class TiedHead(nn.Module):
@@ -24,9 +35,13 @@ class TiedHead(nn.Module):
 
     def forward(
         self, h_ND: Tensor, table: TiedTable, targets_N: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """With targets (loss_sum, nll_N), else (logits_NV in float32 at least, None)."""
+    ) -> HeadOutput:
+        """Logits in float32 at least; losses in chunks of `chunk_tokens` tokens."""
         h_ND, weight_VD = table.output_factors(h_ND)
         if targets_N is None:
-            return at_least_float32(h_ND @ weight_VD.T), None
-        return linear_cross_entropy(h_ND, weight_VD, targets_N, self.chunk_tokens)
+            return HeadOutput(logits_NV=at_least_float32(h_ND @ weight_VD.T))
+        if torch.is_grad_enabled():
+            loss_sum, nll_N = linear_cross_entropy(h_ND, weight_VD, targets_N, self.chunk_tokens)
+            return HeadOutput(loss_sum=loss_sum, nll_N=nll_N)
+        nll_N, correct_N = linear_scores(h_ND, weight_VD, targets_N, self.chunk_tokens)
+        return HeadOutput(loss_sum=nll_N.sum(), nll_N=nll_N, correct_N=correct_N)

@@ -1,0 +1,115 @@
+"""Figures of a run, drawn from its files. The only module that imports matplotlib."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np  # noqa: E402
+from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from numpy.typing import NDArray  # noqa: E402
+
+Metrics = list[dict[str, Any]]
+
+
+def draw_run(metrics: Metrics, load_LE: NDArray[Any], grams: list[NDArray[Any]], folder: Path) -> list[Path]:
+    """Write the figures that apply to this run; returns their paths."""
+    steps = [line for line in metrics if "loss" in line]
+    checks = [line for line in metrics if "validation" in line]
+    figures: dict[str, Figure] = {}
+    if steps:
+        figures["loss"] = loss_figure(steps, checks)
+        figures["learning_rate"] = line_figure(steps, "learning_rate", "learning rate")
+    if checks:
+        figures["perplexity"] = perplexity_figure(checks)
+    if load_LE.size:
+        figures["expert_load"] = load_figure(load_LE)
+    if grams:
+        figures["anchor_similarity"] = gram_figure(grams)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, figure in figures.items():
+        path = folder / f"{name}.png"
+        figure.savefig(path, dpi=120, bbox_inches="tight")
+        plt.close(figure)
+        paths.append(path)
+    return paths
+
+
+def loss_figure(steps: Metrics, checks: Metrics) -> Figure:
+    """Training and validation loss over tokens."""
+    figure, axes = _axes("tokens", "loss (nats per token)")
+    axes.plot([s["tokens"] for s in steps], [s["cross_entropy"] for s in steps], label="training")
+    per_step = steps[-1]["tokens"] / steps[-1]["step"]
+    if checks:
+        x = [c["step"] * per_step for c in checks]
+        axes.plot(x, [c["validation"]["nll_per_token"] for c in checks], "o-", label="validation")
+    axes.legend()
+    return figure
+
+
+def perplexity_figure(checks: Metrics) -> Figure:
+    """Validation perplexity at each evaluation."""
+    figure, axes = _axes("step", "validation token perplexity")
+    axes.plot([c["step"] for c in checks], [c["validation"]["token_perplexity"] for c in checks], "o-")
+    axes.set_yscale("log")
+    return figure
+
+
+def line_figure(steps: Metrics, key: str, label: str) -> Figure:
+    """One metric over steps."""
+    figure, axes = _axes("step", label)
+    axes.plot([s["step"] for s in steps], [s[key] for s in steps])
+    return figure
+
+
+def load_figure(load_LE: NDArray[Any]) -> Figure:
+    """Share of routes per expert and layer, relative to an even share."""
+    layers, experts = load_LE.shape
+    figure, grid = plt.subplots(layers, 1, figsize=(7, 1.3 * layers + 0.6), sharex=True, squeeze=False)
+    for layer, axes in enumerate(grid[:, 0]):
+        share = np.sort(load_LE[layer])[::-1] / max(load_LE[layer].mean(), 1e-12)
+        axes.bar(np.arange(experts), share, width=1.0)
+        axes.axhline(1.0, color="black", linewidth=0.7, linestyle="--")
+        axes.set_ylabel(f"layer {layer}")
+    grid[0, 0].set_title("load of each expert over the mean load, sorted")
+    grid[-1, 0].set_xlabel("expert, fullest first")
+    return figure
+
+
+def gram_figure(grams: list[NDArray[Any]]) -> Figure:
+    """Cosines between anchors, layer by layer."""
+    figure, grid = plt.subplots(1, len(grams), figsize=(2.6 * len(grams) + 1, 2.9), squeeze=False)
+    for layer, (axes, gram) in enumerate(zip(grid[0], grams, strict=True)):
+        image = axes.imshow(gram, vmin=-1, vmax=1, cmap="RdBu_r")
+        axes.set_title(f"layer {layer}")
+        axes.set_xticks([])
+        axes.set_yticks([])
+    figure.colorbar(image, ax=list(grid[0]), label="cosine of two anchors", shrink=0.8)
+    return figure
+
+
+def comparison_figure(rows: list[dict[str, Any]], path: Path) -> None:
+    """Mean and standard deviation of the perplexity of each recipe over its seeds."""
+    figure, axes = _axes("", "validation token perplexity")
+    names = [row["recipe"] for row in rows]
+    means = [row["token_perplexity_mean"] for row in rows]
+    deviations = [row["token_perplexity_sd"] or 0.0 for row in rows]
+    axes.errorbar(names, means, yerr=deviations, fmt="o", capsize=5)
+    axes.margins(x=0.3)
+    for x, row in enumerate(rows):
+        axes.plot([x] * len(row["token_perplexities"]), row["token_perplexities"], "x", color="gray")
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+def _axes(x: str, y: str) -> tuple[Figure, Any]:
+    figure, axes = plt.subplots(figsize=(6, 3.6))
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+

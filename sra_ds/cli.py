@@ -1,0 +1,69 @@
+"""What all command lines share: one-line errors, exit codes, JSON on standard output alone."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from sra_ds.errors import SraError
+
+Command = Callable[[argparse.Namespace], Any]
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the options every tool has."""
+    result = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    result.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    result.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return result
+
+
+def add_recipe(result: argparse.ArgumentParser, default: str | None = "quickstart") -> None:
+    """`--recipe` and overrides."""
+    result.add_argument("--recipe", default=default, help="name or .yaml file (default: %(default)s)")
+    result.add_argument("overrides", nargs="*", metavar="key.path=value", help="recipe overrides")
+
+
+def run(arguments: argparse.Namespace, command: Command, show: Callable[[Any], None]) -> int:
+    """Run a tool: its result as JSON or through `show`; errors as one line and their exit code."""
+    try:
+        result = command(arguments)
+    except SraError as error:
+        if arguments.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    if result is None:  # stopped early, or not the rank that reports
+        return 0
+    if arguments.json:
+        json.dump(result, sys.stdout, indent=1, default=str)
+        print()
+    else:
+        show(result)
+    return 0
+
+
+def show_tree(tree: dict[str, Any], indent: int = 0) -> None:
+    """A nested result as aligned lines; byte counts in readable units."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            print(f"{'':{indent}}{key}")
+            show_tree({f"{k}": _readable(key, v) for k, v in value.items()}, indent + 2)
+        elif not isinstance(value, list):
+            print(f"{'':{indent}}{key:<{max(28 - indent, 1)}} {_readable(key, value)}")
+
+
+def _readable(key: str, value: Any) -> Any:
+    if "bytes" in key and isinstance(value, int) and value >= 1024:
+        return f"{value / 2**30:.2f} GiB" if value >= 2**28 else f"{value / 2**20:.1f} MiB"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else value

@@ -1,0 +1,108 @@
+"""The protocol behind the published SRA perplexities, reproduced to show what it counts.
+
+Each paragraph is cut into blocks of 256 tokens, blocks under 128 are dropped, the rest filled with PAD
+(id 0), and PAD targets are scored like words; the result is the exponential of the unweighted mean over
+batches of 128 blocks. About a quarter of the targets are PAD, and a model trained that way pays nothing
+for any but the first. Never compare it with a perplexity over real tokens.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from sra_ds.data.shards import TokenSplit
+from sra_ds.data.tokenizer import end_of_text_id
+from sra_ds.evaluation.perplexity import Model
+
+BLOCK, SHORTEST, BATCH, PAD = 256, 128, 128, 0
+FORWARD_BLOCKS = 16
+HEADING = re.compile(r"^\s*=+.*=+\s*$")
+KINDS = ("real", "first_pad", "later_pad")
+
+
+def split_paragraphs(text: str, blank_line: bool) -> list[str]:
+    """Cleaned paragraphs: a line each, or separated by blank lines where text is hard-wrapped."""
+    raw = re.split(r"\n\s*\n", text) if blank_line else text.split("\n")
+    kept = (p for p in raw if not HEADING.match(p))
+    cleaned = (" ".join(p.replace("<unk>", " ").split()) for p in kept)
+    return [p for p in cleaned if p]
+
+
+def document_texts(split: TokenSplit, tokenizer: Tokenizer) -> Iterator[str]:
+    """The split's raw text, which byte-level BPE gives back exactly."""
+    starts = [*split.documents["start"].tolist(), split.tokens]
+    for start, stop in zip(starts, starts[1:], strict=False):
+        yield tokenizer.decode(split.read(start + 1, stop).tolist(), skip_special_tokens=False)
+
+
+def padded_blocks(paragraphs: Iterable[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """Token ids of the blocks the protocol keeps, each filled to 256."""
+    blocks = []
+    for paragraph in paragraphs:
+        ids = tokenizer.encode(paragraph).ids
+        for start in range(0, len(ids), BLOCK):
+            block = ids[start : start + BLOCK]
+            if len(block) >= SHORTEST:
+                blocks.append(block + [PAD] * (BLOCK - len(block)))
+    return blocks
+
+
+def target_kinds(targets_BT: torch.Tensor) -> torch.Tensor:
+    """Index into `KINDS` for each target."""
+    pad = targets_BT == PAD
+    return pad.long() * torch.where(pad.cumsum(-1) == 1, 1, 2)
+
+
+@torch.no_grad()
+def legacy_sra(
+    model: Model,
+    split: TokenSplit,
+    tokenizer: Tokenizer,
+    blank_line: bool,
+    device: torch.device,
+    max_blocks: int = 1024,
+    progress: bool = False,
+) -> dict[str, Any] | None:
+    """The published figure with its parts, or None if no paragraph is long enough.
+
+    `perplexity` is the protocol's; `perplexity_if_padding_were_free` what a model trained on padding
+    would report with the same real and first-PAD losses; `real_token_perplexity` counts words only.
+    """
+    if end_of_text_id(tokenizer) != PAD:
+        return None
+    texts = document_texts(split, tokenizer)
+    paragraphs = (p for text in texts for p in split_paragraphs(text, blank_line))
+    blocks = torch.tensor(padded_blocks(paragraphs, tokenizer)[:max_blocks])
+    if not len(blocks):
+        return None
+    sums = torch.zeros(len(KINDS), dtype=torch.float64)
+    counts = torch.zeros(len(KINDS), dtype=torch.float64)
+    batch_means = []
+    for batch in tqdm(blocks.split(BATCH), "legacy protocol", disable=not progress, leave=False):
+        nll = torch.cat(
+            [model(b[:, :-1].to(device), b[:, 1:].to(device)).token_nll_BT.double().cpu()  # type: ignore[union-attr]
+             for b in batch.split(FORWARD_BLOCKS)]
+        )
+        kinds = F.one_hot(target_kinds(batch[:, 1:]), len(KINDS)).double()
+        sums += (nll.unsqueeze(-1) * kinds).sum((0, 1))
+        counts += kinds.sum((0, 1))
+        batch_means.append(float(nll.mean()))
+    total = float(counts.sum())
+    return {
+        "note": "counts padding; not comparable with any other perplexity",
+        "perplexity": math.exp(sum(batch_means) / len(batch_means)),
+        "perplexity_if_padding_were_free": math.exp(float(sums[:2].sum()) / total),
+        "real_token_perplexity": math.exp(float(sums[0] / counts[0])),
+        "blocks": len(blocks),
+        "pad_share": float(counts[1:].sum()) / total,
+        **{
+            f"{kind}": {"targets": int(n), "nll_per_target": float(s / n) if n else None}
+            for kind, s, n in zip(KINDS, sums, counts, strict=True)
+        },
+    }

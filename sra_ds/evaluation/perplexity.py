@@ -1,0 +1,152 @@
+"""Perplexity that can be compared: every target of a split once, token-weighted, in float64.
+
+    PPL_token = exp(NLL / tokens)   PPL_word = exp(NLL / words)   bits per byte = NLL / (bytes ln 2)
+
+NLL is the sum over all real targets, whatever the batch size or the number of processes; words and
+bytes are those of the same raw text. A document's end mark counts as its last token.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from sra_ds.data.loader import IGNORED, ScoringWindow, scoring_batches, scoring_windows
+from sra_ds.data.shards import TokenSplit
+from sra_ds.model.language_model import ModelOutput
+
+Model = Callable[..., ModelOutput]
+
+
+class Perplexity(NamedTuple):
+    """Result of scoring a split. `document_nll` sums to the total."""
+
+    nll: float
+    tokens: int
+    words: int
+    bytes: int
+    correct: int
+    coverage: float
+    document_nll: NDArray[np.float64]
+    document_tokens: NDArray[np.int64]
+    load_LE: NDArray[np.float64]
+
+    def summary(self) -> dict[str, float | int]:
+        """The figures people quote."""
+        return {
+            "token_perplexity": math.exp(self.nll / self.tokens),
+            "word_perplexity": math.exp(min(self.nll / max(self.words, 1), 700.0)),
+            "byte_perplexity": math.exp(self.nll / max(self.bytes, 1)),
+            "bits_per_byte": self.nll / (max(self.bytes, 1) * math.log(2)),
+            "accuracy": self.correct / self.tokens,
+            "nll_per_token": self.nll / self.tokens,
+            "coverage": self.coverage,
+            "tokens": self.tokens,
+            "words": self.words,
+            "bytes": self.bytes,
+        }
+
+
+class Setting(NamedTuple):
+    """How to score: window length T, targets per window (= T without overlap), windows per forward."""
+
+    length: int
+    stride: int
+    batch_size: int
+    end_of_text_id: int
+    device: torch.device = torch.device("cpu")
+
+
+@torch.no_grad()
+def evaluate(
+    model: Model,
+    split: TokenSplit,
+    setting: Setting,
+    max_tokens: int = 0,
+    progress: bool = False,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Perplexity | None:
+    """Score a split, or its first whole documents up to `max_tokens`; the model must be in eval mode.
+
+    Collective when processes are connected: each scores its share and all get the sum. Returns None
+    when `stopped()` says so between batches.
+    """
+    documents = documents_within(split, max_tokens)
+    end = split.tokens if documents == len(split.documents) else int(split.documents["start"][documents])
+    windows = scoring_windows(end, setting.length, setting.stride)
+    share = _share(windows, setting.batch_size)
+    starts = split.documents["start"][:documents]
+    document_nll = np.zeros(documents)
+    document_tokens = np.zeros(documents, np.int64)
+    correct, load = 0, None
+    batches = scoring_batches(
+        split, share, setting.length, setting.batch_size, setting.end_of_text_id
+    )
+    total = -(-len(share) // setting.batch_size)
+    for batch, positions_BT in tqdm(batches, "evaluating", total, disable=not progress, leave=False):
+        if stopped():
+            return None
+        output = model(*batch.to(setting.device))
+        assert output.token_nll_BT is not None and output.correct_BT is not None
+        counted = batch.targets_BT != IGNORED
+        nll = output.token_nll_BT.cpu()[counted].double().numpy()
+        # the mark that opens the next document is the end of this one
+        owner = np.searchsorted(starts, positions_BT[counted].numpy() - 1, side="right") - 1
+        document_nll += np.bincount(owner, nll, documents)
+        document_tokens += np.bincount(owner, minlength=documents)
+        correct += int(output.correct_BT.cpu()[counted].sum())
+        if output.routings:
+            batch_load = torch.stack([r.load_E for r in output.routings]).double().cpu()
+            load = batch_load if load is None else load + batch_load
+    load_LE = np.zeros((0, 0)) if load is None else load.numpy()
+    document_nll, document_tokens, counts, load_LE = _sum_over_ranks(
+        document_nll, document_tokens.astype(np.float64), np.array([float(correct)]), load_LE
+    )
+    scored = int(document_tokens.sum())
+    return Perplexity(
+        nll=float(document_nll.sum()),
+        tokens=scored,
+        words=int(split.documents["words"][:documents].sum()),
+        bytes=int(split.documents["bytes"][:documents].sum()),
+        correct=int(counts[0]),
+        coverage=scored / max(split.tokens - 1, 1),
+        document_nll=document_nll,
+        document_tokens=document_tokens.astype(np.int64),
+        load_LE=load_LE,
+    )
+
+
+def documents_within(split: TokenSplit, max_tokens: int) -> int:
+    """How many whole documents fit into `max_tokens` (at least one; 0 tokens means all)."""
+    starts: NDArray[Any] = split.documents["start"]
+    if not max_tokens or split.tokens <= max_tokens:
+        return len(starts)
+    return max(1, int(np.searchsorted(starts, max_tokens, side="right")) - 1)
+
+
+def _share(windows: list[ScoringWindow], batch_size: int) -> list[ScoringWindow]:
+    """This rank's windows. Every rank runs the same number of forward passes, which ZeRO-3 needs:
+    short shares are filled with a window that scores nothing."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return windows
+    world, rank = dist.get_world_size(), dist.get_rank()
+    size = -(-len(windows) // world)
+    size = -(-size // batch_size) * batch_size
+    mine = windows[rank * size : (rank + 1) * size]
+    empty = ScoringWindow(windows[0].start, windows[0].stop, windows[0].stop + 1)
+    return mine + [empty] * (size - len(mine))
+
+
+def _sum_over_ranks(*arrays: NDArray[np.float64]) -> list[NDArray[np.float64]]:
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return list(arrays)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    flat = torch.from_numpy(np.concatenate([a.ravel() for a in arrays])).to(device)
+    dist.all_reduce(flat)
+    parts = flat.cpu().split([a.size for a in arrays])
+    return [p.numpy().reshape(a.shape) for p, a in zip(parts, arrays, strict=True)]

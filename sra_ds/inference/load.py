@@ -1,0 +1,53 @@
+"""A trained run, opened for evaluation, generation or analysis: recipe, weights, tokenizer."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tokenizers import Tokenizer
+
+from sra_ds.config import Recipe
+from sra_ds.data.tokenizer import load_tokenizer
+from sra_ds.errors import CheckpointError
+from sra_ds.model.language_model import LanguageModel, build_model
+from sra_ds.training.checkpoint import choose, load_weights
+from sra_ds.training.run_dir import RunDir, open_run
+
+
+class LoadedRun(NamedTuple):
+    """`trainer` is the checkpoint's trainer state: step, tokens, experts per token."""
+
+    run: RunDir
+    recipe: Recipe
+    model: LanguageModel
+    tokenizer: Tokenizer
+    checkpoint: Path
+    trainer: dict[str, Any]
+
+
+def load_run(path: Path, which: str = "best", device: str | torch.device = "cpu") -> LoadedRun:
+    """The model of a run in eval mode, in float32.
+
+    `which`: `best` (falls back to the newest), `latest`, or a step. Raises `CheckpointError`.
+    """
+    run = open_run(path)
+    recipe = run.recipe()
+    folder = choose(run.checkpoints, which)
+    model = build_model(recipe)
+    trainer = load_weights_into(model, folder)
+    tokenizer = load_tokenizer(run.tokenizer_file, recipe.data.tokenizer.vocab_size)
+    return LoadedRun(run, recipe, model.to(device).eval(), tokenizer, folder, trainer)
+
+
+def load_weights_into(model: LanguageModel, folder: Path) -> dict[str, Any]:
+    """Fill a model from a checkpoint; every tensor must be there and fit. Returns the trainer state."""
+    weights, trainer = load_weights(folder)
+    own = model.state_dict()
+    wrong = [n for n in own if n not in weights or weights[n].shape != own[n].shape]
+    wrong += [n for n in weights if n not in own]
+    if wrong:
+        raise CheckpointError(f"{folder} is of another model: {wrong[0]} differs ({len(wrong)} in all)")
+    model.load_state_dict(weights)
+    for router in model.routers():
+        router.top_k = trainer["top_k"]
+    return trainer

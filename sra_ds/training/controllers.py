@@ -1,0 +1,144 @@
+"""Controllers: the only things that change a schedule. Each is applied before a step from the step's
+number alone or moves on its own after a step, and keeps what it must remember in `state_dict()`.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from sra_ds.config import Recipe
+from sra_ds.config.model import MoEChannelConfig
+from sra_ds.config.training import ScheduleConfig
+from sra_ds.model.language_model import LanguageModel
+from sra_ds.moe.routing import Routing
+
+
+class Controller(Protocol):
+    """Owner of one schedule."""
+
+    def on_step_start(self, step: int) -> None:
+        """Set what step `step` (from 0) uses."""
+
+    def on_step_end(self, step: int, routings: Sequence[Routing]) -> None:
+        """Learn from the finished step; `routings` are over all ranks."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, as plain JSON values."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+
+
+def learning_rate(schedule: ScheduleConfig, peak: float, step: int, steps: int) -> float:
+    """Learning rate of step `step` (from 0) of `steps`."""
+    if step < schedule.warmup_steps:
+        return peak * (step + 1) / schedule.warmup_steps
+    progress = (step - schedule.warmup_steps) / max(1, steps - schedule.warmup_steps)
+    if schedule.kind == "constant":
+        share = 1.0
+    elif schedule.kind == "linear":
+        share = 1.0 - progress
+    elif schedule.kind == "wsd":
+        share = min(1.0, (1.0 - progress) / schedule.decay)
+    else:
+        share = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return peak * (schedule.final + (1.0 - schedule.final) * share)
+
+
+class TopKSchedule:
+    """k steps up at given shares of the run."""
+
+    def __init__(self, model: LanguageModel, knots: Sequence[tuple[float, float]], steps: int) -> None:
+        self.routers, self.knots, self.steps = model.routers(), knots, steps
+
+    def on_step_start(self, step: int) -> None:
+        reached = [int(k) for at, k in self.knots if at * self.steps <= step]
+        set_top_k(self.routers, reached[-1])
+
+    def on_step_end(self, step: int, routings: Sequence[Routing]) -> None:
+        del step, routings
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"top_k": self.routers[0].top_k}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        set_top_k(self.routers, state["top_k"])
+
+
+class TemperatureSchedule:
+    """Linear pieces for a fixed temperature."""
+
+    def __init__(self, model: LanguageModel, knots: Sequence[tuple[float, float]], steps: int) -> None:
+        self.routers, self.knots, self.steps = model.routers(), knots, steps
+
+    def on_step_start(self, step: int) -> None:
+        for router in self.routers:
+            router.temperature.fill_(interpolate(self.knots, step / self.steps))
+
+    def on_step_end(self, step: int, routings: Sequence[Routing]) -> None:
+        del step, routings
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}  # the temperature is a buffer of the model
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        del state
+
+
+class SelectionBias:
+    """Auxiliary-loss-free balancing (Wang et al. 2024, arXiv 2408.15664): b += u sign(mean - load)."""
+
+    def __init__(self, model: LanguageModel, rate: float) -> None:
+        self.routers, self.rate = model.routers(), rate
+
+    def on_step_start(self, step: int) -> None:
+        del step
+
+    def on_step_end(self, step: int, routings: Sequence[Routing]) -> None:
+        del step
+        for router, routing in zip(self.routers, routings, strict=True):
+            error_E = routing.load_E.mean() - routing.load_E
+            router.selection_bias_E.add_(self.rate * torch.sign(error_E))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}  # the bias is a buffer of the model
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        del state
+
+
+def build_controllers(recipe: Recipe, model: LanguageModel) -> dict[str, Controller]:
+    """The controllers a recipe asks for, by name."""
+    training = recipe.training
+    controllers: dict[str, Controller] = {}
+    if training.top_k_schedule:
+        controllers["top_k"] = TopKSchedule(model, training.top_k_schedule, training.steps)
+    if training.temperature_schedule:
+        knots = training.temperature_schedule
+        controllers["temperature"] = TemperatureSchedule(model, knots, training.steps)
+    if training.selection_bias_rate > 0:
+        controllers["selection_bias"] = SelectionBias(model, training.selection_bias_rate)
+    return controllers
+
+
+def set_top_k(routers: Sequence[Any], top_k: int) -> None:
+    """For every routed layer."""
+    for router in routers:
+        router.top_k = top_k
+
+
+def current_top_k(model: LanguageModel) -> int | None:
+    """Experts per token now, None for a dense model."""
+    if not isinstance(model.config.channel, MoEChannelConfig):
+        return None
+    return int(model.routers()[0].top_k)
+
+
+def interpolate(knots: Sequence[tuple[float, float]], at: float) -> float:
+    """Value of the piecewise linear curve through the knots; constant after the last."""
+    for (x0, y0), (x1, y1) in zip(knots, knots[1:], strict=False):
+        if at <= x1:
+            return y0 + (y1 - y0) * (at - x0) / (x1 - x0)
+    return knots[-1][1]

@@ -1,0 +1,110 @@
+"""One owner per knob: the DeepSpeed JSON has ZeRO, offload and communication, the recipe the rest.
+
+A key of the recipe may be absent or "auto" in the JSON; with another value than the recipe's it is a
+`ConfigError` that names both places.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from sra_ds.config import Recipe
+from sra_ds.errors import ConfigError
+
+RECIPE_ONLY = {
+    "optimizer": "training.optimizer",
+    "scheduler": "training.schedule",
+    "fp16": "training.precision (fp32 or bf16)",
+    "expert_parallel": "parallel.expert_parallel_size",
+    "data_efficiency": "data",
+    "activation_checkpointing": "training.activation_checkpointing",
+}
+
+
+class BatchPlan(NamedTuple):
+    """batch_size = micro_batch_size * accumulation * world_size, in windows."""
+
+    batch_size: int
+    micro_batch_size: int
+    accumulation: int
+    world_size: int
+
+    def rank_slice(self, micro: int, rank: int) -> slice:
+        """Which samples of a step this rank computes in micro-batch `micro`."""
+        start = (micro * self.world_size + rank) * self.micro_batch_size
+        return slice(start, start + self.micro_batch_size)
+
+
+def plan_batches(recipe: Recipe, world_size: int) -> BatchPlan:
+    """Split the step's windows over processes and micro-batches; raises `ConfigError` if they do not
+    divide."""
+    total = recipe.training.batch_size
+    if total % world_size:
+        raise ConfigError(
+            f"training.batch_size={total} is not divisible by the {world_size} processes"
+        )
+    micro = recipe.training.micro_batch_size or total // world_size
+    if total % (micro * world_size):
+        raise ConfigError(
+            f"training.batch_size={total} is not divisible by training.micro_batch_size={micro} x "
+            f"{world_size} processes"
+        )
+    return BatchPlan(total, micro, total // (micro * world_size), world_size)
+
+
+def read_ds_config(path: Path) -> dict[str, Any]:
+    """The JSON as a dictionary; raises `ConfigError` for anything else."""
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except OSError:
+        raise ConfigError(f"--deepspeed {path}: no such file") from None
+    except ValueError as error:
+        raise ConfigError(f"--deepspeed {path}: not valid JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"--deepspeed {path}: expected a JSON object")
+    return config
+
+
+def zero_stage(ds_config: dict[str, Any]) -> int:
+    """The ZeRO stage a DeepSpeed configuration asks for."""
+    return int(ds_config.get("zero_optimization", {}).get("stage", 0))
+
+
+def merge_ds_config(
+    ds_config: dict[str, Any], recipe: Recipe, batches: BatchPlan, dtype: torch.dtype, where: str
+) -> dict[str, Any]:
+    """The complete DeepSpeed configuration of a run."""
+    for key, owner in RECIPE_ONLY.items():
+        if key in ds_config:
+            raise ConfigError(f"{where}: {key!r} is set there; the recipe owns it ({owner})")
+    owned = {
+        "train_batch_size": (batches.batch_size, "training.batch_size"),
+        "train_micro_batch_size_per_gpu": (batches.micro_batch_size, "training.micro_batch_size"),
+        "gradient_accumulation_steps": (
+            batches.accumulation,
+            "training.batch_size / (micro_batch_size x processes)",
+        ),
+        "gradient_clipping": (recipe.training.gradient_clipping, "training.gradient_clipping"),
+        "bf16": ({"enabled": dtype == torch.bfloat16}, "training.precision"),
+    }
+    merged = dict(ds_config)
+    for key, (value, owner) in owned.items():
+        given = ds_config.get(key, "auto")
+        same = given == value or (isinstance(given, dict) and given.get("enabled") in ("auto", None))
+        if given != "auto" and not same:
+            raise ConfigError(f"{where}: {key}={given} contradicts the recipe's {owner}={value}")
+        merged[key] = value
+    if dtype == torch.bfloat16 and zero_stage(ds_config) == 0:
+        raise ConfigError(
+            f"{where}: bf16 at ZeRO stage 0 has no float32 master weights and trains differently from "
+            "stages 1-3; use ds_configs/zero1.json or training.precision=fp32"
+        )
+    return {
+        **merged,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }

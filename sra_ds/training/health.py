@@ -1,0 +1,85 @@
+"""Watching a run: load over the last million tokens, and where a non-finite number came from."""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sra_ds.data.loader import Batch
+from sra_ds.metrics import load_summary
+from sra_ds.model.language_model import ModelOutput
+from sra_ds.moe.routing import Routing
+
+WINDOW_TOKENS = 1_000_000
+
+
+class RecentLoad:
+    """Routes per layer and expert over the newest steps that hold at least a million tokens."""
+
+    def __init__(self, window_tokens: int = WINDOW_TOKENS) -> None:
+        self.window_tokens = window_tokens
+        self.tokens = 0
+        self.load_LE: Tensor | None = None
+        self._steps: deque[tuple[int, Tensor]] = deque()
+
+    def add(self, routings: Sequence[Routing], tokens: int) -> None:
+        """One micro-batch of `tokens` valid tokens over all ranks."""
+        if not routings:
+            return
+        load_LE = torch.stack([r.load_E for r in routings]).detach().double().cpu()
+        self._steps.append((tokens, load_LE))
+        self.tokens += tokens
+        self.load_LE = load_LE.clone() if self.load_LE is None else self.load_LE + load_LE
+        while self.tokens - self._steps[0][0] >= self.window_tokens:
+            old_tokens, old_LE = self._steps.popleft()
+            self.tokens -= old_tokens
+            self.load_LE = self.load_LE - old_LE
+
+    def summary(self) -> dict[str, Any] | None:
+        """Health of every layer; `dead_fraction` is over all layers at the stricter definition (fewer
+        than 1e-4 of the routes). None for a dense model."""
+        if self.load_LE is None:
+            return None
+        layers = [load_summary(load_E, self.tokens) for load_E in self.load_LE]
+        experts = self.load_LE.numel()
+        return {
+            "window_tokens": self.tokens,
+            "dead": sum(int(layer["dead_by_routes"]) for layer in layers),
+            "dead_fraction": sum(layer["dead_by_routes"] for layer in layers) / experts,
+            "load_cv": sum(layer["load_cv"] for layer in layers) / len(layers),
+            "max_violation": max(layer["max_violation"] for layer in layers),
+            "per_layer": layers,
+        }
+
+
+def first_non_finite(engine: Any, batch: Batch) -> str:
+    """Name of the first part whose output is not finite on this batch, or of a bad parameter."""
+    found: list[str] = []
+    handles = []
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            del module, inputs
+            tensor = output[0] if isinstance(output, tuple) else output
+            if isinstance(tensor, Tensor) and not torch.isfinite(tensor).all():
+                found.append(name)
+
+        return hook
+
+    parts = [("embedding", engine.module.embedding)]
+    for number, block in enumerate(engine.module.blocks):
+        parts += [(f"layer {number} mixer", block.mixer), (f"layer {number} channel", block.channel)]
+    parts.append(("final norm", engine.module.final_norm))
+    for name, module in parts:
+        handles.append(module.register_forward_hook(watch(name)))
+    with torch.no_grad():
+        output: ModelOutput = engine(*batch)
+    for handle in handles:
+        handle.remove()
+    if found:
+        return found[0]
+    if output.loss_sum is not None and not torch.isfinite(output.loss_sum):
+        return "head"
+    return "the gradient (the forward pass is finite)"

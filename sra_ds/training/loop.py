@@ -1,0 +1,297 @@
+"""The training loop: steps, evaluations, checkpoints, and every way a run can end.
+
+    for each step: controllers -> micro-batches (forward, losses, backward) -> optimizer -> facts
+                   -> log -> evaluate and save when due -> stop when asked
+
+Dropout is seeded from (seed, step, micro-batch, rank), so a resumed step repeats the interrupted run's
+exactly without any stored generator state.
+"""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sra_ds.config import Recipe
+from sra_ds.data.loader import TrainingWindows
+from sra_ds.errors import TrainingError
+from sra_ds.losses import auxiliary_losses, total_loss
+from sra_ds.metrics import load_summary, over_ranks
+from sra_ds.model.counting import flops_per_token
+from sra_ds.moe.routing import Routing
+from sra_ds.training import checkpoint
+from sra_ds.training.controllers import Controller, current_top_k, learning_rate
+from sra_ds.training.ds_config import BatchPlan
+from sra_ds.training.engine import full_state, set_learning_rate
+from sra_ds.training.health import RecentLoad, first_non_finite
+from sra_ds.training.logging import RunLog
+from sra_ds.training.run_dir import RunDir
+from sra_ds.training.stop import StopRequest
+
+Validate = Callable[[Any, int, Callable[[], bool]], dict[str, Any] | None]
+"""(engine, cap on tokens, stopped) -> summary of the validation split, None if stopped."""
+
+
+class StepFacts(NamedTuple):
+    """Mean losses of one optimizer step over all ranks and micro-batches."""
+
+    loss: float
+    cross_entropy: float
+    terms: dict[str, float]
+    grad_norm: float
+    routings: list[Routing]
+    facts: dict[str, float]
+
+
+class Outcome(NamedTuple):
+    """How the loop ended."""
+
+    step: int
+    stopped_by: str | None
+    seconds: float
+    validation: dict[str, Any] | None
+    best: dict[str, Any] | None
+    experts: dict[str, Any] | None
+
+
+class Trainer:
+    """One run, from wherever it stands to its last step or to a request to stop."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: RunDir,
+        engine: Any,
+        windows: TrainingWindows,
+        batches: BatchPlan,
+        layout: checkpoint.Layout,
+        controllers: dict[str, Controller],
+        validate: Validate,
+        peak_flops: float,
+    ) -> None:
+        self.recipe, self.run_dir, self.engine = recipe, run, engine
+        self.windows, self.batches, self.layout = windows, batches, layout
+        self.controllers, self.validate = controllers, validate
+        self.rank = engine.global_rank
+        self.device = engine.device
+        self.recent = RecentLoad()
+        self.best: dict[str, Any] | None = None
+        self.step = 0
+        self.seconds = 0.0
+        self._saved_step = -1
+        length = recipe.data.sequence_length
+        self._flops = flops_per_token(engine.module, length) / peak_flops / batches.world_size
+        self._tokens_per_step = batches.batch_size * length
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint's trainer state."""
+        self.step = self._saved_step = state["step"]
+        self.seconds, self.best = state["seconds"], state["best"]
+        for name, controller in self.controllers.items():
+            controller.load_state_dict(state["controllers"][name])
+
+    def run(self) -> Outcome:
+        """Train to the last step, then evaluate the whole split and save; or save and return early."""
+        log = RunLog(self.run_dir, self.recipe, self.step, enabled=self.rank == 0)
+        validation = None
+        try:
+            with StopRequest() as stop:
+                while self.step < self.recipe.training.steps and not stop.agreed():
+                    self._one_step(log)
+                    self._when_due(log, stop)
+                if not stop.agreed():
+                    validation = self._evaluate(log, stop, max_tokens=0)
+                self._save(log)
+                finished = self.step >= self.recipe.training.steps and validation is not None
+                stopped_by = None if finished else (stop.signal or "another process's signal")
+        finally:
+            log.close()
+        experts = self.recent.summary()
+        return Outcome(self.step, stopped_by, self.seconds, validation, self.best, experts)
+
+    def _one_step(self, log: RunLog) -> None:
+        training = self.recipe.training
+        start = time.perf_counter()
+        rate = learning_rate(
+            training.schedule, training.optimizer.learning_rate, self.step, training.steps
+        )
+        set_learning_rate(self.engine, rate)
+        for controller in self.controllers.values():
+            controller.on_step_start(self.step)
+        facts = self._optimize()
+        for controller in self.controllers.values():
+            controller.on_step_end(self.step, facts.routings)
+        self.step += 1
+        elapsed = time.perf_counter() - start
+        self.seconds += elapsed
+        speed = self._tokens_per_step / elapsed
+        line = {
+            "step": self.step,
+            "tokens": self.step * self._tokens_per_step,
+            "loss": facts.loss,
+            "cross_entropy": facts.cross_entropy,
+            "auxiliary": facts.terms,
+            "learning_rate": rate,
+            "grad_norm": facts.grad_norm,
+            "tokens_per_second": speed,
+            "mfu": speed * self._flops,
+            "facts": facts.facts,
+        }
+        shown = {"loss": f"{facts.cross_entropy:.3f}", "tok/s": f"{speed:,.0f}", "mfu": f"{line['mfu']:.0%}"}
+        experts = self.recent.summary() if facts.routings else None
+        if experts is not None:
+            shown["dead"] = str(experts["dead"])
+        if self.step % self.recipe.logging.every == 0 or self.step == training.steps:
+            log.record({**line, **self._routing_facts(facts.routings)})
+        log.advance(shown)
+
+    def _optimize(self) -> StepFacts:
+        """Forward and backward of every micro-batch and one optimizer step."""
+        sums: dict[str, Tensor] = {}
+        step_routings: list[Routing] = []
+        output = None
+        for micro in range(self.batches.accumulation):
+            torch.manual_seed(_seed(self.recipe.training.seed, self.step, micro, self.rank))
+            batch = self.windows.batch(
+                self.step, self.batches.batch_size, self.batches.rank_slice(micro, self.rank)
+            ).to(self.device)
+            output = self.engine(*batch)
+            routings = over_ranks(output.routings)
+            assert output.loss_sum is not None and output.token_count is not None
+            cross_entropy = output.loss_sum / output.token_count
+            terms = auxiliary_losses(routings, self.recipe.losses)
+            loss = total_loss(cross_entropy, terms)
+            found = {"loss": loss, "cross_entropy": cross_entropy}
+            found |= {name: value for name, (value, _) in terms.items()}
+            for name, value in found.items():
+                sums[name] = sums.get(name, 0.0) + value.detach().double() / self.batches.accumulation
+            means = _mean_over_ranks(sums) if micro == self.batches.accumulation - 1 else {}
+            self._require_finite(means.get("loss", 0.0), batch, "loss")
+            self.engine.backward(loss)
+            self.engine.step()
+            self.recent.add(routings, batch.ids_BT.numel() * self.batches.world_size)
+            step_routings = _add_loads(step_routings, routings)
+        assert output is not None
+        norm = float(self.engine.get_global_grad_norm() or 0.0)
+        self._require_finite(norm, batch, "gradient norm")
+        facts = {name: float(value) for name, value in output.facts.items()}
+        terms_only = {k: v for k, v in means.items() if k not in ("loss", "cross_entropy")}
+        return StepFacts(
+            means["loss"], means["cross_entropy"], terms_only, norm, step_routings, facts
+        )
+
+    def _require_finite(self, value: float, batch: Any, what: str) -> None:
+        if math.isfinite(value):
+            return
+        where = first_non_finite(self.engine, batch)
+        raise TrainingError(
+            f"{what} is {value} at step {self.step + 1}, first in {where}; the checkpoints before it are "
+            "kept: lower training.optimizer.learning_rate or raise training.schedule.warmup_steps, then "
+            f"--resume --run {self.run_dir.path}"
+        )
+
+    def _routing_facts(self, routings: list[Routing]) -> dict[str, Any]:
+        if not routings:
+            return {}
+        layers = []
+        for routing in routings:
+            tokens = float(routing.load_E.sum()) / routing.expert_ids_TK.shape[1]
+            layer: dict[str, Any] = load_summary(routing.load_E, tokens)
+            layer["probs_max"] = float(routing.mean_probs_E.max())
+            layer["probs_min"] = float(routing.mean_probs_E.min())
+            if routing.temperature is not None:
+                layer["temperature"] = float(routing.temperature)
+            layers.append(layer)
+        recent = self.recent.summary() or {}
+        return {
+            "top_k": current_top_k(self.engine.module),
+            "dead_fraction": recent.get("dead_fraction"),
+            "layers": layers,
+        }
+
+    def _when_due(self, log: RunLog, stop: StopRequest) -> None:
+        last = self.step >= self.recipe.training.steps
+        every = self.recipe.evaluation.every
+        if every and self.step % every == 0 and not last and not stop.agreed():
+            self._evaluate(log, stop, self.recipe.evaluation.max_tokens)
+        every = self.recipe.checkpoint.every
+        if every and self.step % every == 0 and not last:
+            self._save(log)
+
+    def _evaluate(self, log: RunLog, stop: StopRequest, max_tokens: int) -> dict[str, Any] | None:
+        self.engine.eval()
+        summary = self.validate(self.engine, max_tokens, stop.agreed)
+        self.engine.train()
+        if summary is None:
+            return None
+        log.record({"step": self.step, "validation": summary})
+        log.say(
+            f"step {self.step}: validation token perplexity {summary['token_perplexity']:.2f}, "
+            f"accuracy {summary['accuracy']:.3f}"
+        )
+        self._snapshot_routing()
+        if self.best is None or summary["nll_per_token"] < self.best["nll_per_token"]:
+            self.best = {"step": self.step, **summary}
+            if self.recipe.checkpoint.best:
+                folder = self.run_dir.checkpoints / "best"
+                checkpoint.save_checkpoint(
+                    folder, full_state(self.engine), self._state(), self.layout
+                )
+        return summary
+
+    def _snapshot_routing(self) -> None:
+        if self.rank == 0 and self.recent.load_LE is not None:
+            path = self.run_dir.routing / f"{self.step}.safetensors"
+            checkpoint.save_file({"load_LE": self.recent.load_LE.contiguous()}, path)
+
+    def _save(self, log: RunLog) -> None:
+        if self.step == self._saved_step:
+            return
+        folder = self.run_dir.checkpoints / str(self.step)
+        checkpoint.save_checkpoint(
+            folder, full_state(self.engine), self._state(), self.layout, self.engine
+        )
+        self._saved_step = self.step
+        if self.rank == 0:
+            checkpoint.point_latest_at(folder)
+            checkpoint.prune(self.run_dir.checkpoints, self.recipe.checkpoint.keep)
+        log.say(f"step {self.step}: saved {folder}")
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "tokens": self.step * self._tokens_per_step,
+            "seconds": self.seconds,
+            "best": self.best,
+            "top_k": current_top_k(self.engine.module),
+            "controllers": {name: c.state_dict() for name, c in self.controllers.items()},
+        }
+
+
+def _seed(*parts: int) -> int:
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def _mean_over_ranks(sums: dict[str, Tensor]) -> dict[str, float]:
+    values = torch.stack([value.reshape(()) for value in sums.values()])
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return dict(zip(sums, values.tolist(), strict=True))
+
+
+def _add_loads(total: list[Routing], new: list[Routing]) -> list[Routing]:
+    """Routing of a whole step: the newest micro-batch's, with the loads of all."""
+    if not total:
+        return [_detached(routing, routing.load_E) for routing in new]
+    return [_detached(b, a.load_E + b.load_E) for a, b in zip(total, new, strict=True)]
+
+
+def _detached(routing: Routing, load_E: Tensor) -> Routing:
+    return routing._replace(load_E=load_E.detach(), mean_probs_E=routing.mean_probs_E.detach())

@@ -1,0 +1,122 @@
+"""A run is a directory anyone can read.
+
+    recipe.yaml ds_config.json environment.json tokenizer.json metrics.jsonl summary.json samples.txt
+    checkpoints/<step>/ checkpoints/best/ checkpoints/latest routing/ evaluation/ figures/
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+from sra_ds.config import Recipe, dump_recipe, load_recipe
+from sra_ds.errors import CheckpointError, ConfigError
+
+PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "safetensors")
+
+
+class RunDir:
+    """Paths of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe_file = path / "recipe.yaml"
+        self.ds_config_file = path / "ds_config.json"
+        self.environment_file = path / "environment.json"
+        self.tokenizer_file = path / "tokenizer.json"
+        self.metrics_file = path / "metrics.jsonl"
+        self.summary_file = path / "summary.json"
+        self.samples_file = path / "samples.txt"
+        self.checkpoints = path / "checkpoints"
+        self.routing = path / "routing"
+        self.evaluation = path / "evaluation"
+        self.figures = path / "figures"
+
+    def recipe(self, overrides: list[str] | None = None) -> Recipe:
+        """The merged recipe the run was started with."""
+        if not self.recipe_file.is_file():
+            raise CheckpointError(f"{self.path} is not a run directory (it has no recipe.yaml)")
+        return load_recipe(self.recipe_file, overrides)
+
+    def environment(self) -> dict[str, Any]:
+        """What `write_start` recorded of machine and corpus."""
+        found: dict[str, Any] = read_json(self.environment_file)
+        return found
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All complete lines of `metrics.jsonl`; a line cut by a crash is left out."""
+        lines = []
+        if self.metrics_file.is_file():
+            for line in self.metrics_file.read_text("utf-8").splitlines():
+                try:
+                    lines.append(json.loads(line))
+                except ValueError:
+                    continue
+        return lines
+
+    def drop_metrics_after(self, step: int) -> None:
+        """Forget lines of steps a resumed run will do again."""
+        kept = [line for line in self.metrics() if line.get("step", 0) <= step]
+        write_atomically(self.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def write_start(self, recipe: Recipe, ds_config: dict[str, Any], facts: dict[str, Any]) -> None:
+        """What was asked for and where it runs."""
+        for folder in (self.checkpoints, self.routing, self.evaluation, self.figures):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.recipe_file, dump_recipe(recipe))
+        write_atomically(self.ds_config_file, json.dumps(ds_config, indent=1))
+        versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+        environment = {"python": platform.python_version(), **versions, **facts}
+        write_atomically(self.environment_file, json.dumps(environment, indent=1))
+
+
+def new_run_dir(recipe: Recipe, root: Path = Path("runs")) -> RunDir:
+    """`runs/<recipe>-<timestamp>`, the same for every process of a launch."""
+    stamp = os.environ.setdefault("SRA_RUN_STAMP", time.strftime("%Y%m%d-%H%M%S"))
+    return RunDir(root / f"{recipe.name}-{stamp}")
+
+
+def newest_run(name: str, root: Path = Path("runs")) -> RunDir:
+    """The most recently started run of a recipe that has a checkpoint."""
+    found = [
+        path.parent.parent
+        for path in root.glob("*/checkpoints/latest")
+        if RunDir(path.parent.parent).recipe().name == name
+    ]
+    if not found:
+        raise CheckpointError(f"no run of recipe {name!r} with a checkpoint under {root}/")
+    return RunDir(max(found, key=lambda path: path.stat().st_mtime))
+
+
+def open_run(path: Path) -> RunDir:
+    """An existing run; raises `CheckpointError` if it is none."""
+    if not (path / "recipe.yaml").is_file():
+        raise CheckpointError(f"{path} is not a run directory (it has no recipe.yaml)")
+    return RunDir(path)
+
+
+def refuse_overwriting(run: RunDir) -> None:
+    """A new run must not bury an old one."""
+    if run.recipe_file.exists():
+        raise ConfigError(f"{run.path} already holds a run; use --resume, or another --run")
+
+
+def read_json(path: Path) -> Any:
+    """Parsed JSON; raises `CheckpointError` naming the file."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file so that readers and crashes see the old or the new text, never a part."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, path)
