@@ -20,10 +20,14 @@ def main() -> int:
     """Parse, train, print the summary."""
     parser = cli.parser(__doc__ or "")
     cli.add_recipe(parser, default=None)
-    parser.add_argument("--deepspeed", type=Path, required=True, metavar="JSON", help="ds_configs/*.json")
+    parser.add_argument(
+        "--deepspeed", type=Path, required=True, metavar="JSON", help="ds_configs/*.json"
+    )
     parser.add_argument("--run", type=Path, help="run directory (default: runs/<recipe>-<time>)")
     parser.add_argument("--resume", action="store_true", help="continue --run, or the newest run")
-    parser.add_argument("--init-from", type=Path, metavar="RUN", help="start from another run's weights")
+    parser.add_argument(
+        "--init-from", type=Path, metavar="RUN", help="start from another run's weights"
+    )
     parser.add_argument("--dry-run", action="store_true", help="resolve everything, then stop")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     code = cli.run(parser.parse_intermixed_args(), command, show)
@@ -38,7 +42,9 @@ def command(arguments: argparse.Namespace) -> dict[str, Any] | None:
     from sra_ds import workflow  # DeepSpeed reads the environment when it is imported
 
     if arguments.resume and arguments.init_from:
-        raise ConfigError("--resume continues a run, --init-from starts a new one: give one of them")
+        raise ConfigError(
+            "--resume continues a run, --init-from starts a new one: give one of them"
+        )
     run, recipe = _run_and_recipe(arguments)
     resolved = workflow.resolve(recipe, arguments.deepspeed)
     if arguments.dry_run:
@@ -65,18 +71,30 @@ def show(result: dict[str, Any]) -> None:
         cli.show_tree(result)
         return
     validation, experts, run = result["validation"], result["experts"], result["run"]
-    print(f"\n{result['recipe']}: {result['steps']:,} steps, {result['tokens']:,} tokens, "
-          f"{result['seconds']:.0f} s of training, {result['tokens_per_second']:,.0f} tokens/s")
-    print(f"  parameters               {result['params']['total']:,} ({result['params']['active']:,} active)")
-    print(f"  validation perplexity    {validation['token_perplexity']:.2f} per token, "
-          f"{validation['word_perplexity']:.1f} per word, {validation['bits_per_byte']:.3f} bits per byte")
-    print(f"  next-token accuracy      {validation['accuracy']:.1%} of {validation['tokens']:,} tokens "
-          f"({validation['coverage']:.1%} of the split)")
+    perplexity = (
+        f"{validation['token_perplexity']:.2f} per token, "
+        f"{validation['word_perplexity']:.1f} per word, "
+        f"{validation['bits_per_byte']:.3f} bits per byte"
+    )
+    params = result["params"]
+    lines = {
+        "parameters": f"{params['total']:,} ({params['active']:,} active)",
+        "training": f"{result['tokens']:,} tokens in {result['seconds']:.0f} s, "
+        f"{result['tokens_per_second']:,.0f} tokens/s",
+        "validation perplexity": perplexity,
+        "next-token accuracy": f"{validation['accuracy']:.1%} of {validation['tokens']:,} tokens "
+        f"({validation['coverage']:.1%} of the split)",
+        "figures and samples": f"{run}/figures, {run}/samples.txt",
+        "everything": f"{run}/summary.json",
+    }
     if experts is not None:
-        print(f"  dead experts             {experts['dead']} ({experts['dead_fraction']:.1%}) over the last "
-              f"{experts['window_tokens']:,} training tokens")
-    print(f"  figures and samples      {run}/figures, {run}/samples.txt")
-    print(f"  everything               {run}/summary.json")
+        lines["dead experts"] = (
+            f"{experts['dead']} ({experts['dead_fraction']:.1%}) over the last "
+            f"{experts['window_tokens']:,} training tokens"
+        )
+    print(f"\n{result['recipe']}, {result['steps']:,} steps")
+    for name, text in lines.items():
+        print(f"  {name:<24} {text}")
 
 
 if __name__ == "__main__":

@@ -16,14 +16,18 @@ def parser(description: str) -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    result.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    result.add_argument(
+        "--json", action="store_true", help="print one JSON object and nothing else"
+    )
     result.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return result
 
 
 def add_recipe(result: argparse.ArgumentParser, default: str | None = "quickstart") -> None:
     """`--recipe` and overrides."""
-    result.add_argument("--recipe", default=default, help="name or .yaml file (default: %(default)s)")
+    result.add_argument(
+        "--recipe", default=default, help="name or .yaml file (default: %(default)s)"
+    )
     result.add_argument("overrides", nargs="*", metavar="key.path=value", help="recipe overrides")
 
 
@@ -67,3 +71,15 @@ def _readable(key: str, value: Any) -> Any:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.4g}" if isinstance(value, float) else value
+
+
+def at_least(low: float) -> Callable[[str], float]:
+    """Argument type: a number of the same kind as `low`, not below it."""
+
+    def number(text: str) -> float:
+        value = type(low)(text)
+        if value < low:
+            raise argparse.ArgumentTypeError(f"must be at least {low}, got {text}")
+        return value
+
+    return number

@@ -1,8 +1,8 @@
 """Losses: pure functions of what a forward pass returned. Nothing here holds or changes state.
 
-    total = cross-entropy + w_balance * mean_l balance_l + w_dispersion * mean_l dispersion_l + w_z * mean_l z_l
+    total = cross-entropy + w_balance * balance + w_dispersion * dispersion + w_z * z
 
-with l over the routed layers. Equations: SRA v1 (arXiv 2509.14255v1) for cv2, signed and z, SRA v2 for
+with each term the mean over the routed layers. Equations: SRA v1 (arXiv 2509.14255v1) for cv2, signed and z, SRA v2 for
 bandpass and elastic, Fedus et al. 2021 (arXiv 2101.03961) for switch. Routing statistics are over valid
 tokens; pass them through `sra_ds.metrics.over_ranks` first when data is split over processes.
 """
@@ -32,7 +32,9 @@ from sra_ds.moe.routing import Routing
 EPS = 1e-8
 
 
-def auxiliary_losses(routings: Sequence[Routing], config: LossesConfig) -> dict[str, tuple[Tensor, float]]:
+def auxiliary_losses(
+    routings: Sequence[Routing], config: LossesConfig
+) -> dict[str, tuple[Tensor, float]]:
     """(raw value, weight) of every active term, each the mean over the routed layers."""
     terms: dict[str, tuple[Tensor, float]] = {}
     if not routings:

@@ -18,7 +18,9 @@ def over_ranks(routings: Sequence[Routing]) -> list[Routing]:
     the gradient of a loss of the global mean, so auxiliary losses do not depend on the world size. One
     collective for all layers. Without processes the statistics are returned as they are.
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and routings):
+    if not (
+        dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and routings
+    ):
         return list(routings)
     world = dist.get_world_size()
     local = [

@@ -23,13 +23,14 @@ from sra_ds.config.model import CosineRouterConfig, MoEChannelConfig
 from sra_ds.data.loader import TrainingWindows
 from sra_ds.data.prepare import corpus_folder, prepare
 from sra_ds.data.shards import TokenCorpus
+from sra_ds.data.tokenizer import file_sha256
 from sra_ds.errors import TrainingError
 from sra_ds.evaluation.legacy import legacy_sra
 from sra_ds.evaluation.perplexity import Setting, evaluate
 from sra_ds.inference.generate import generate
 from sra_ds.inference.load import LoadedRun, load_run, load_weights_into
 from sra_ds.model.counting import count_parameters
-from sra_ds.model.language_model import build_model
+from sra_ds.model.language_model import LanguageModel, build_model
 from sra_ds.training import checkpoint, environment
 from sra_ds.training.anchors import seed_anchors
 from sra_ds.training.controllers import build_controllers
@@ -127,17 +128,16 @@ def _train(
         refuse_overwriting(run)
     corpus = prepare(recipe.data, progress=first)
     windows = TrainingWindows(
-        corpus.split("train"), recipe.data.sequence_length, recipe.training.seed, corpus.end_of_text_id
+        corpus.split("train"),
+        recipe.data.sequence_length,
+        recipe.training.seed,
+        corpus.end_of_text_id,
     )
     if resume:
         corpus.require_fingerprint(run.environment()["corpus_fingerprint"], str(run.path))
     model = build_model(recipe)
-    if init_from is not None:
-        source = load_run(init_from)
-        corpus.require_tokenizer(checkpoint.file_sha256(source.run.tokenizer_file), str(init_from))
-        load_weights_into(model, source.checkpoint)
-    elif not resume and _anchors_from_data(recipe):
-        seed_anchors(model, windows.batch(0, batches.batch_size), recipe.training.seed)
+    if not resume:
+        _start_values(model, recipe, corpus, windows, init_from)
     controllers = build_controllers(recipe, model)
     start_processes()
     if first:
@@ -148,7 +148,7 @@ def _train(
     layout = checkpoint.Layout(batches.world_size, zero_stage(resolved.ds_config))
     trainer = Trainer(
         recipe, run, engine, windows, batches, layout, controllers,
-        _validator(recipe, corpus, resolved.device), peak,
+        _validator(recipe, corpus, run, resolved.device), peak,
     )  # fmt: skip
     if resume:
         folder, manifest, problems = checkpoint.newest_complete(run.checkpoints)
@@ -168,6 +168,22 @@ def _train(
             )
         return None
     return report(run, resolved, outcome) if first else None
+
+
+def _start_values(
+    model: LanguageModel,
+    recipe: Recipe,
+    corpus: TokenCorpus,
+    windows: TrainingWindows,
+    init_from: Path | None,
+) -> None:
+    """Weights of another run, or anchors from the first batch where the recipe says so."""
+    if init_from is not None:
+        source = load_run(init_from)
+        corpus.require_tokenizer(file_sha256(source.run.tokenizer_file), str(init_from))
+        load_weights_into(model, source.checkpoint)
+    elif _anchors_from_data(recipe):
+        seed_anchors(model, windows.batch(0, recipe.training.batch_size), recipe.training.seed)
 
 
 def report(run: RunDir, resolved: Resolved, outcome: Outcome) -> dict[str, Any]:
@@ -233,16 +249,28 @@ def write_samples(loaded: LoadedRun, run: RunDir) -> dict[str, str]:
     return samples
 
 
-def _validator(recipe: Recipe, corpus: TokenCorpus, device: torch.device) -> Validate:
+def _validator(recipe: Recipe, corpus: TokenCorpus, run: RunDir, device: torch.device) -> Validate:
+    """Scores the validation split; the whole one also document by document, kept for comparisons."""
     split = corpus.split("valid")
     length, stride = recipe.data.sequence_length, recipe.evaluation.stride
     setting = Setting(
         length, stride or length, recipe.evaluation.batch_size, corpus.end_of_text_id, device
     )
 
-    def validate(engine: Any, max_tokens: int, stopped: Callable[[], bool]) -> dict[str, Any] | None:
-        result = evaluate(engine, split, setting, max_tokens, engine.global_rank == 0, stopped)
-        return None if result is None else result.summary()
+    def validate(
+        engine: Any, max_tokens: int, stopped: Callable[[], bool]
+    ) -> dict[str, Any] | None:
+        first = engine.global_rank == 0
+        result = evaluate(engine, split, setting, max_tokens, first, stopped)
+        if result is None:
+            return None
+        if first and not max_tokens:
+            np.savez(
+                run.evaluation / "valid_documents.npz",
+                nll=result.document_nll,
+                tokens=result.document_tokens,
+            )
+        return result.summary()
 
     return validate
 

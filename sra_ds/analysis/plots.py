@@ -6,15 +6,17 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-import numpy as np  # noqa: E402
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from numpy.typing import NDArray  # noqa: E402
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 Metrics = list[dict[str, Any]]
 
 
-def draw_run(metrics: Metrics, load_LE: NDArray[Any], grams: list[NDArray[Any]], folder: Path) -> list[Path]:
+def draw_run(
+    metrics: Metrics, load_LE: NDArray[Any], grams: list[NDArray[Any]], folder: Path
+) -> list[Path]:
     """Write the figures that apply to this run; returns their paths."""
     steps = [line for line in metrics if "loss" in line]
     checks = [line for line in metrics if "validation" in line]
@@ -53,7 +55,9 @@ def loss_figure(steps: Metrics, checks: Metrics) -> Figure:
 def perplexity_figure(checks: Metrics) -> Figure:
     """Validation perplexity at each evaluation."""
     figure, axes = _axes("step", "validation token perplexity")
-    axes.plot([c["step"] for c in checks], [c["validation"]["token_perplexity"] for c in checks], "o-")
+    axes.plot(
+        [c["step"] for c in checks], [c["validation"]["token_perplexity"] for c in checks], "o-"
+    )
     axes.set_yscale("log")
     return figure
 
@@ -68,7 +72,10 @@ def line_figure(steps: Metrics, key: str, label: str) -> Figure:
 def load_figure(load_LE: NDArray[Any]) -> Figure:
     """Share of routes per expert and layer, relative to an even share."""
     layers, experts = load_LE.shape
-    figure, grid = plt.subplots(layers, 1, figsize=(7, 1.3 * layers + 0.6), sharex=True, squeeze=False)
+    figure: Figure
+    figure, grid = plt.subplots(
+        layers, 1, figsize=(7, 1.3 * layers + 0.6), sharex=True, squeeze=False
+    )
     for layer, axes in enumerate(grid[:, 0]):
         share = np.sort(load_LE[layer])[::-1] / max(load_LE[layer].mean(), 1e-12)
         axes.bar(np.arange(experts), share, width=1.0)
@@ -81,6 +88,7 @@ def load_figure(load_LE: NDArray[Any]) -> Figure:
 
 def gram_figure(grams: list[NDArray[Any]]) -> Figure:
     """Cosines between anchors, layer by layer."""
+    figure: Figure
     figure, grid = plt.subplots(1, len(grams), figsize=(2.6 * len(grams) + 1, 2.9), squeeze=False)
     for layer, (axes, gram) in enumerate(zip(grid[0], grams, strict=True)):
         image = axes.imshow(gram, vmin=-1, vmax=1, cmap="RdBu_r")
@@ -100,7 +108,9 @@ def comparison_figure(rows: list[dict[str, Any]], path: Path) -> None:
     axes.errorbar(names, means, yerr=deviations, fmt="o", capsize=5)
     axes.margins(x=0.3)
     for x, row in enumerate(rows):
-        axes.plot([x] * len(row["token_perplexities"]), row["token_perplexities"], "x", color="gray")
+        axes.plot(
+            [x] * len(row["token_perplexities"]), row["token_perplexities"], "x", color="gray"
+        )
     figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
 
@@ -111,5 +121,3 @@ def _axes(x: str, y: str) -> tuple[Figure, Any]:
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)
     return figure, axes
-
-

@@ -25,7 +25,9 @@ Tree = dict[str, Any]
 def named_recipes() -> list[str]:
     """Names of the recipes that ship with the package."""
     folder = resources.files("sra_ds") / "recipes"
-    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+    return sorted(
+        f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")
+    )
 
 
 def load_recipe(name_or_file: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -61,10 +63,12 @@ def parse_override(text: str) -> Tree:
     if not separator or not all(path.split(".")):
         raise ConfigError(f"override {text!r}: expected key.path=value")
     try:
-        tree: Any = yaml.safe_load(value)
+        leaf = yaml.safe_load(value)
     except yaml.YAMLError:
         raise ConfigError(f"override {text!r}: the value is not valid YAML") from None
-    for key in reversed(path.split(".")):
+    *outer, last = path.split(".")
+    tree: Tree = {last: leaf}
+    for key in reversed(outer):
         tree = {key: tree}
     return tree
 
@@ -76,7 +80,9 @@ def merge(base: Tree, overlay: Tree) -> Tree:
         old = merged.get(key)
         if isinstance(old, dict) and isinstance(value, dict) and not _changes_choice(old, value):
             merged[key] = merge(old, value)
-        elif isinstance(old, dict) and isinstance(value, str) and value in map(old.get, CHOICE_KEYS):
+        elif (
+            isinstance(old, dict) and isinstance(value, str) and value in map(old.get, CHOICE_KEYS)
+        ):
             continue
         else:
             merged[key] = value
@@ -86,7 +92,8 @@ def merge(base: Tree, overlay: Tree) -> Tree:
 def _with_defaults(tree: Tree) -> Tree:
     """Every default spelt out, so that an override can reach into a part the recipe left out."""
     try:
-        return Recipe.model_validate(tree).model_dump(mode="json")
+        spelt_out: Tree = Recipe.model_validate(tree).model_dump(mode="json")
+        return spelt_out
     except ValidationError:
         return tree  # an override may complete it; the merged tree is validated in any case
 
@@ -123,9 +130,13 @@ def _read_yaml(name_or_file: str) -> Tree:
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{name_or_file} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(
+            f"{name_or_file} is not valid YAML: {' '.join(str(error).split())}"
+        ) from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{name_or_file}: a recipe is a mapping of keys, found {type(tree).__name__}")
+        raise ConfigError(
+            f"{name_or_file}: a recipe is a mapping of keys, found {type(tree).__name__}"
+        )
     return tree
 
 
@@ -150,7 +161,9 @@ def _explain(error: ValidationError) -> str:
             )
         else:
             message = item["msg"].removeprefix("Value error, ")
-            value = "" if isinstance(item["input"], (dict, BaseModel)) else f" (got {item['input']!r})"
+            value = (
+                "" if isinstance(item["input"], (dict, BaseModel)) else f" (got {item['input']!r})"
+            )
             lines.append(f"{where}: {message}{value}")
     return "; ".join(lines)
 

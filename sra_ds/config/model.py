@@ -161,7 +161,10 @@ class ModelConfig(Part):
                 f"width={self.width} must be a multiple of 2 x mixer.heads={2 * self.mixer.heads}"
             )
         if isinstance(self.channel, MoEChannelConfig):
-            for name, size in (("width", self.width), ("expert.hidden", self.channel.expert.hidden)):
+            for name, size in (
+                ("width", self.width),
+                ("expert.hidden", self.channel.expert.hidden),
+            ):
                 if size % 8:
                     raise ValueError(f"{name}={size} must be a multiple of 8 for grouped products")
         return self

@@ -27,7 +27,15 @@ from sra_ds.errors import DataError
 
 HELD_OUT = 0.03
 MIN_WORDS = 8
-SKIPPED_FOLDERS = {"test", "tests", "site-packages", "__pycache__", "idlelib", "lib2to3", "_internal"}
+SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "site-packages",
+    "__pycache__",
+    "idlelib",
+    "lib2to3",
+    "_internal",
+}
 DOC_CALLS = {"add_docstr", "add_newdoc", "add_docstr_all"}
 
 
@@ -78,7 +86,10 @@ class DocstringSource:
         return modules
 
     def _read_modules(self) -> list[Module]:
-        files = [(path, name, "python") for path, name in _source_files(Path(sysconfig.get_path("stdlib")), "")]
+        files = [
+            (path, name, "python")
+            for path, name in _source_files(Path(sysconfig.get_path("stdlib")), "")
+        ]
         for package in self.config.packages:
             spec = importlib.util.find_spec(package)
             if spec is None or not spec.submodule_search_locations:
@@ -88,7 +99,9 @@ class DocstringSource:
         with ProcessPoolExecutor(os.cpu_count()) as pool:
             found = pool.map(_read_module, files, chunksize=64)
             modules = list(tqdm(found, "reading docstrings", len(files), disable=not self.progress))
-        return sorted((m for m in modules if m.pieces), key=lambda m: m.name) + _language_reference()
+        return (
+            sorted((m for m in modules if m.pieces), key=lambda m: m.name) + _language_reference()
+        )
 
 
 def _source_files(folder: Path, prefix: str) -> list[tuple[Path, str]]:
@@ -137,7 +150,10 @@ def _cleaned(text: str) -> str:
 def _language_reference() -> list[Module]:
     from pydoc_data.topics import topics  # 1 MB of text, needed only when this corpus is made
 
-    return [Module(f"pydoc_data.topics.{name}", "python", [topics[name].strip()]) for name in sorted(topics)]
+    return [
+        Module(f"pydoc_data.topics.{name}", "python", [topics[name].strip()])
+        for name in sorted(topics)
+    ]
 
 
 def _without_repetitions(modules: list[Module]) -> list[Module]:

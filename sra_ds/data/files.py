@@ -7,14 +7,14 @@ import lzma
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import zstandard
 
 from sra_ds.data.documents import Document
 from sra_ds.errors import DataError
 
-COMPRESSIONS = {".xz", ".gz", ".zst"}
+OPENERS: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open, ".zst": zstandard.open}
 FORMATS = {".txt", ".text", ".jsonl", ".parquet", ".tokens", ".raw", ".md"}
 PLAIN_TEXT_DOCUMENT = 20_000
 
@@ -55,11 +55,11 @@ def read_documents(path: Path, field: str) -> Iterator[Document]:
                 yield Document(text, label, len(text.split()))
             return
         for number, record in enumerate(records, 1):
-            text = record.get(field)
-            if not isinstance(text, str):
+            content = record.get(field)
+            if not isinstance(content, str):
                 raise DataError(f"{path}: record {number} has no text in {field!r}; set data.field")
-            if text.strip():
-                yield Document(text, str(record.get("domain", label)), len(text.split()))
+            if content.strip():
+                yield Document(content, str(record.get("domain", label)), len(content.split()))
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 ({error.reason}); convert it first") from None
     except (OSError, EOFError, lzma.LZMAError, zstandard.ZstdError) as error:
@@ -69,26 +69,18 @@ def read_documents(path: Path, field: str) -> Iterator[Document]:
 @contextmanager
 def open_text(path: Path) -> Iterator[IO[str]]:
     """Strict UTF-8 text of a plain or compressed file, line ends kept."""
-    stream: IO[bytes]
-    if path.suffix == ".xz":
-        stream = lzma.open(path, "rb")
-    elif path.suffix == ".gz":
-        stream = gzip.open(path, "rb")  # type: ignore[assignment]
-    elif path.suffix == ".zst":
-        stream = zstandard.open(path, "rb")
-    else:
-        stream = path.open("rb")
-    with stream, io.TextIOWrapper(stream, "utf-8", newline="\n") as text:
+    opener = OPENERS.get(path.suffix, Path.open)
+    with opener(path, "rb") as stream, io.TextIOWrapper(stream, "utf-8", newline="\n") as text:
         yield text
 
 
 def _format(path: Path) -> str:
-    suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSIONS]
+    suffixes = [suffix for suffix in path.suffixes if suffix not in OPENERS]
     return suffixes[-1] if suffixes else ""
 
 
 def _supported() -> str:
-    return f"{', '.join(sorted(FORMATS))}, each also with {', '.join(sorted(COMPRESSIONS))}"
+    return f"{', '.join(sorted(FORMATS))}, each also with {', '.join(sorted(OPENERS))}"
 
 
 def _plain_text(path: Path) -> Iterator[str]:

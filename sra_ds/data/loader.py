@@ -28,13 +28,16 @@ class Batch(NamedTuple):
     valid_BT: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
-        return Batch(*(t if t is None else t.to(device, non_blocking=True) for t in self))
+        moved = [None if t is None else t.to(device, non_blocking=True) for t in self]
+        return Batch(*moved)  # type: ignore[arg-type]
 
 
 class TrainingWindows:
     """Non-overlapping windows of T+1 tokens; window i gives inputs iT..iT+T-1 and their T targets."""
 
-    def __init__(self, split: TokenSplit, sequence_length: int, seed: int, end_of_text_id: int) -> None:
+    def __init__(
+        self, split: TokenSplit, sequence_length: int, seed: int, end_of_text_id: int
+    ) -> None:
         self.split, self.length, self.seed = split, sequence_length, seed
         self.end_of_text_id = end_of_text_id
         self.count = (split.tokens - 1) // sequence_length
@@ -84,7 +87,11 @@ def scoring_windows(tokens: int, length: int, stride: int) -> list[ScoringWindow
 
 
 def scoring_batches(
-    split: TokenSplit, windows: list[ScoringWindow], length: int, batch_size: int, end_of_text_id: int
+    split: TokenSplit,
+    windows: list[ScoringWindow],
+    length: int,
+    batch_size: int,
+    end_of_text_id: int,
 ) -> Iterator[tuple[Batch, Tensor]]:
     """Batches of scoring windows, padded to `length`, with the stream position of every target."""
     for begin in range(0, len(windows), batch_size):

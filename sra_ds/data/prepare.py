@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from sra_ds.config.data import CorpusConfig
 from sra_ds.data.documents import SPLITS, Document, Source
-from sra_ds.data.shards import SCHEMA_VERSION, ShardWriter, TokenCorpus, fingerprint
+from sra_ds.data.files import list_files, read_documents
+from sra_ds.data.shards import SCHEMA_VERSION, ShardWriter, TokenCorpus, TokenSplit, fingerprint
 from sra_ds.data.sources import open_source
 from sra_ds.data.tokenizer import (
     end_of_text_id,
@@ -94,7 +95,7 @@ def _build(
             "entries": tokenizer.get_vocab_size(),
             "end_of_text_id": end_of_text_id(tokenizer),
         },
-        "dtype": "uint16" if config.tokenizer.vocab_size <= 2**16 else "uint32",
+        "dtype": token_dtype(config.tokenizer.vocab_size),
     }
     domains: dict[str, int] = {}
     manifest["splits"] = {
@@ -105,7 +106,9 @@ def _build(
     manifest["fingerprint"] = fingerprint(manifest)
     for split in ("train", "valid"):
         if not manifest["splits"][split]["tokens"]:
-            raise DataError(f"the {split} split of {folder.name} has no text; give it more or name files")
+            raise DataError(
+                f"the {split} split of {folder.name} has no text; give it more or name files"
+            )
     (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), "utf-8")
     _sync(partial)
     os.replace(partial, folder)
@@ -157,3 +160,23 @@ def _sync(folder: Path) -> None:
     for path in folder.iterdir():
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
+
+
+def split_from_files(path: Path, tokenizer: Tokenizer, vocab_size: int, folder: Path) -> TokenSplit:
+    """Tokenize a text file or folder into `folder` as a split of its own, for scoring."""
+    dtype = token_dtype(vocab_size)
+    writer = ShardWriter(folder, "text", dtype, end_of_text_id(tokenizer))
+    documents = (d for file in list_files((path,)) for d in read_documents(file, "text"))
+    for batch in _batches(documents):
+        encodings = tokenizer.encode_batch_fast([document.text for document in batch])
+        for document, encoding in zip(batch, encodings, strict=True):
+            writer.add(encoding.ids, document.words, len(document.text.encode()), 0)
+    entry = writer.close()
+    if entry["tokens"] < 2:
+        raise DataError(f"{path} has no text to score")
+    return TokenSplit(folder, entry, dtype)
+
+
+def token_dtype(vocab_size: int) -> str:
+    """The smallest unsigned type that holds every id."""
+    return "uint16" if vocab_size <= 2**16 else "uint32"

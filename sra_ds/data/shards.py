@@ -30,7 +30,12 @@ class ShardWriter:
     """Writes one split into a folder, document by document, in shards of `SHARD_TOKENS`."""
 
     def __init__(self, folder: Path, split: str, dtype: str, end_of_text_id: int) -> None:
-        self.folder, self.split, self.dtype, self.end_of_text_id = folder, split, dtype, end_of_text_id
+        self.folder, self.split, self.dtype, self.end_of_text_id = (
+            folder,
+            split,
+            dtype,
+            end_of_text_id,
+        )
         self.shards: list[dict[str, Any]] = []
         self.documents: list[tuple[int, int, int, int]] = []
         self.tokens = 0

@@ -110,7 +110,9 @@ class HubSource:
         for row in load_from_hub(config.dataset, config.subset, own):
             text = row.get(config.field)
             if not isinstance(text, str):
-                raise DataError(f"{config.dataset}: rows have no text in {config.field!r}; set data.field")
+                raise DataError(
+                    f"{config.dataset}: rows have no text in {config.field!r}; set data.field"
+                )
             share = split_by_hash(text, config.held_out)
             if own == "train" and (share if share in lacking else "train") != split:
                 continue

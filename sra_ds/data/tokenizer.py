@@ -45,13 +45,17 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     _as_plain_text(tokenizer)
     probe = "Trains 1,024 experts — naïve?\n\n\tYes."
     if tokenizer.decode(tokenizer.encode(probe).ids) != probe:
-        raise DataError(f"tokenizer {path} loses text: decode(encode(s)) != s; use a byte-level one")
+        raise DataError(
+            f"tokenizer {path} loses text: decode(encode(s)) != s; use a byte-level one"
+        )
     return tokenizer
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:
     """Id of the token that opens every document."""
-    return int(tokenizer.token_to_id(END_OF_TEXT))
+    number = tokenizer.token_to_id(END_OF_TEXT)
+    assert number is not None  # load and train make sure of it
+    return number
 
 
 def file_sha256(path: Path) -> str:

@@ -6,6 +6,7 @@ batches of 128 blocks. About a quarter of the targets are PAD, and a model train
 for any but the first. Never compare it with a perplexity over real tokens.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator
@@ -37,7 +38,7 @@ def split_paragraphs(text: str, blank_line: bool) -> list[str]:
 def document_texts(split: TokenSplit, tokenizer: Tokenizer) -> Iterator[str]:
     """The split's raw text, which byte-level BPE gives back exactly."""
     starts = [*split.documents["start"].tolist(), split.tokens]
-    for start, stop in zip(starts, starts[1:], strict=False):
+    for start, stop in itertools.pairwise(starts):
         yield tokenizer.decode(split.read(start + 1, stop).tolist(), skip_special_tokens=False)
 
 
@@ -86,8 +87,10 @@ def legacy_sra(
     batch_means = []
     for batch in tqdm(blocks.split(BATCH), "legacy protocol", disable=not progress, leave=False):
         nll = torch.cat(
-            [model(b[:, :-1].to(device), b[:, 1:].to(device)).token_nll_BT.double().cpu()  # type: ignore[union-attr]
-             for b in batch.split(FORWARD_BLOCKS)]
+            [
+                model(b[:, :-1].to(device), b[:, 1:].to(device)).token_nll_BT.double().cpu()  # type: ignore[union-attr]
+                for b in batch.split(FORWARD_BLOCKS)
+            ]
         )
         kinds = F.one_hot(target_kinds(batch[:, 1:]), len(KINDS)).double()
         sums += (nll.unsqueeze(-1) * kinds).sum((0, 1))

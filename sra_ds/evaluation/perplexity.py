@@ -14,9 +14,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from torch import Tensor
 from tqdm import tqdm
 
-from sra_ds.data.loader import IGNORED, ScoringWindow, scoring_batches, scoring_windows
+from sra_ds.data.loader import IGNORED, Batch, ScoringWindow, scoring_batches, scoring_windows
 from sra_ds.data.shards import TokenSplit
 from sra_ds.model.language_model import ModelOutput
 
@@ -77,35 +78,26 @@ def evaluate(
     when `stopped()` says so between batches.
     """
     documents = documents_within(split, max_tokens)
-    end = split.tokens if documents == len(split.documents) else int(split.documents["start"][documents])
+    end = (
+        split.tokens
+        if documents == len(split.documents)
+        else int(split.documents["start"][documents])
+    )
     windows = scoring_windows(end, setting.length, setting.stride)
     share = _share(windows, setting.batch_size)
-    starts = split.documents["start"][:documents]
-    document_nll = np.zeros(documents)
-    document_tokens = np.zeros(documents, np.int64)
-    correct, load = 0, None
     batches = scoring_batches(
         split, share, setting.length, setting.batch_size, setting.end_of_text_id
     )
-    total = -(-len(share) // setting.batch_size)
-    for batch, positions_BT in tqdm(batches, "evaluating", total, disable=not progress, leave=False):
+    totals = _Totals(split.documents["start"][:documents])
+    count = -(-len(share) // setting.batch_size)
+    for batch, positions_BT in tqdm(
+        batches, "evaluating", count, disable=not progress, leave=False
+    ):
         if stopped():
             return None
-        output = model(*batch.to(setting.device))
-        assert output.token_nll_BT is not None and output.correct_BT is not None
-        counted = batch.targets_BT != IGNORED
-        nll = output.token_nll_BT.cpu()[counted].double().numpy()
-        # the mark that opens the next document is the end of this one
-        owner = np.searchsorted(starts, positions_BT[counted].numpy() - 1, side="right") - 1
-        document_nll += np.bincount(owner, nll, documents)
-        document_tokens += np.bincount(owner, minlength=documents)
-        correct += int(output.correct_BT.cpu()[counted].sum())
-        if output.routings:
-            batch_load = torch.stack([r.load_E for r in output.routings]).double().cpu()
-            load = batch_load if load is None else load + batch_load
-    load_LE = np.zeros((0, 0)) if load is None else load.numpy()
-    document_nll, document_tokens, counts, load_LE = _sum_over_ranks(
-        document_nll, document_tokens.astype(np.float64), np.array([float(correct)]), load_LE
+        totals.add(batch, positions_BT, model(*batch.to(setting.device)))
+    document_nll, document_tokens, correct, load_LE = _sum_over_ranks(
+        totals.document_nll, totals.document_tokens, totals.correct, totals.load_LE
     )
     scored = int(document_tokens.sum())
     return Perplexity(
@@ -113,12 +105,36 @@ def evaluate(
         tokens=scored,
         words=int(split.documents["words"][:documents].sum()),
         bytes=int(split.documents["bytes"][:documents].sum()),
-        correct=int(counts[0]),
+        correct=int(correct[0]),
         coverage=scored / max(split.tokens - 1, 1),
         document_nll=document_nll,
         document_tokens=document_tokens.astype(np.int64),
         load_LE=load_LE,
     )
+
+
+class _Totals:
+    """Float64 sums over batches, per document."""
+
+    def __init__(self, starts: NDArray[Any]) -> None:
+        self.starts = starts
+        self.document_nll = np.zeros(len(starts))
+        self.document_tokens = np.zeros(len(starts))
+        self.correct = np.zeros(1)
+        self.load_LE = np.zeros((0, 0))
+
+    def add(self, batch: Batch, positions_BT: Tensor, output: ModelOutput) -> None:
+        """One batch; the mark that opens the next document is the end of this one."""
+        assert output.token_nll_BT is not None and output.correct_BT is not None
+        counted = batch.targets_BT != IGNORED
+        owner = np.searchsorted(self.starts, positions_BT[counted].numpy() - 1, side="right") - 1
+        nll = output.token_nll_BT.cpu()[counted].double().numpy()
+        self.document_nll += np.bincount(owner, nll, len(self.starts))
+        self.document_tokens += np.bincount(owner, minlength=len(self.starts))
+        self.correct += output.correct_BT.cpu()[counted].sum().item()
+        if output.routings:
+            load_LE = torch.stack([r.load_E for r in output.routings]).double().cpu().numpy()
+            self.load_LE = self.load_LE + load_LE if self.load_LE.size else load_LE
 
 
 def documents_within(split: TokenSplit, max_tokens: int) -> int:
@@ -131,14 +147,14 @@ def documents_within(split: TokenSplit, max_tokens: int) -> int:
 
 def _share(windows: list[ScoringWindow], batch_size: int) -> list[ScoringWindow]:
     """This rank's windows. Every rank runs the same number of forward passes, which ZeRO-3 needs:
-    short shares are filled with a window that scores nothing."""
+    short shares are filled with windows of padding."""
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return windows
     world, rank = dist.get_world_size(), dist.get_rank()
     size = -(-len(windows) // world)
     size = -(-size // batch_size) * batch_size
     mine = windows[rank * size : (rank + 1) * size]
-    empty = ScoringWindow(windows[0].start, windows[0].stop, windows[0].stop + 1)
+    empty = ScoringWindow(0, 0, 1)
     return mine + [empty] * (size - len(mine))
 
 

@@ -22,13 +22,16 @@ class Sampling(NamedTuple):
     seed: int = 0
 
 
+DEFAULT_SAMPLING = Sampling()
+
+
 @torch.no_grad()
 def generate(
     model: LanguageModel,
     tokenizer: Tokenizer,
     prompt: str,
     max_tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = DEFAULT_SAMPLING,
 ) -> Iterator[str]:
     """Pieces of text that continue the prompt, until the document ends or `max_tokens` are drawn.
 

@@ -46,7 +46,9 @@ def load_weights_into(model: LanguageModel, folder: Path) -> dict[str, Any]:
     wrong = [n for n in own if n not in weights or weights[n].shape != own[n].shape]
     wrong += [n for n in weights if n not in own]
     if wrong:
-        raise CheckpointError(f"{folder} is of another model: {wrong[0]} differs ({len(wrong)} in all)")
+        raise CheckpointError(
+            f"{folder} is of another model: {wrong[0]} differs ({len(wrong)} in all)"
+        )
     model.load_state_dict(weights)
     for router in model.routers():
         router.top_k = trainer["top_k"]

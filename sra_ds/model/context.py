@@ -44,7 +44,11 @@ class Context(NamedTuple):
 
 
 def visible_positions(
-    document_ids_BS: Tensor | None, valid_BS: Tensor | None, queries: int, length: int, device: torch.device
+    document_ids_BS: Tensor | None,
+    valid_BS: Tensor | None,
+    queries: int,
+    length: int,
+    device: torch.device,
 ) -> Tensor:
     """Boolean B x 1 x T x S: position s may be seen from t. Causal, same document, not padding; a
     position always sees itself, so that padding has something to attend to."""

@@ -35,7 +35,12 @@ def initialise(model: nn.Module, seed: int) -> None:
         if isinstance(module, nn.LayerNorm):
             module.reset_parameters()
         elif isinstance(module, nn.Linear):
-            _normal(module.weight, residual_std if isinstance(module, ResidualLinear) else STD, seed, name)
+            _normal(
+                module.weight,
+                residual_std if isinstance(module, ResidualLinear) else STD,
+                seed,
+                name,
+            )
             if module.bias is not None:
                 module.bias.zero_()
         elif isinstance(module, TokenEmbedding):

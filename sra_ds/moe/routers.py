@@ -137,7 +137,7 @@ class HashRouter(nn.Module):
             raise ValueError("the hash router needs token_ids_T")
         every_E = torch.arange(self.experts, device=x_TD.device)
         hashed_TE = _mix(token_ids_T.unsqueeze(-1) * self.experts + every_E)
-        ids_TK = hashed_TE.argsort(-1, stable=True)[:, : self.top_k]
+        ids_TK = hashed_TE.sort(stable=True).indices[:, : self.top_k]
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         shape = hashed_TE.shape
         probs_TE = torch.full(shape, 1 / self.experts, dtype=dtype, device=x_TD.device)

@@ -45,7 +45,9 @@ class Routing(NamedTuple):
 
 def top_k_lowest_id(scores_TE: Tensor, top_k: int) -> Tensor:
     """Ids of the k largest scores, ties to the lower id, NaN never chosen while a number is left."""
-    remaining_TE = scores_TE.detach().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    remaining_TE = scores_TE.detach().nan_to_num(
+        nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf
+    )
     ids = []
     for _ in range(top_k):
         best_T1 = remaining_TE.argmax(-1, keepdim=True)

@@ -72,7 +72,7 @@ class _Dispatch(torch.autograd.Function):
         return x_TD.index_select(0, order_R // max(routes_per_token, 1))
 
     @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
         (inverse_R,) = ctx.saved_tensors
         rows_RD = grad_RD.index_select(0, inverse_R)
         return rows_RD.view(ctx.tokens, -1, grad_RD.shape[1]).sum(1), None, None
@@ -89,7 +89,7 @@ class _Combine(torch.autograd.Function):
         return weighted_TKD.sum(1).to(y_RD.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:
         rows_TKD, gates_TK, order_R = ctx.saved_tensors
         grad_TD = at_least_float32(grad_TD)
         grad_gates_TK = (at_least_float32(rows_TKD) * grad_TD.unsqueeze(1)).sum(-1)

@@ -10,7 +10,11 @@ from torch import Tensor
 
 
 def grouped_linear(
-    x_RI: Tensor, weight_EIO: Tensor, bias_EO: Tensor | None, offsets_E: Tensor, group_of_row_R: Tensor
+    x_RI: Tensor,
+    weight_EIO: Tensor,
+    bias_EO: Tensor | None,
+    offsets_E: Tensor,
+    group_of_row_R: Tensor,
 ) -> Tensor:
     """x @ weight[e] + bias[e] for the rows of each group e; I and O are multiples of 16 bytes.
 
@@ -23,7 +27,11 @@ def grouped_linear(
 
 
 def grouped_linear_reference(
-    x_RI: Tensor, weight_EIO: Tensor, bias_EO: Tensor | None, offsets_E: Tensor, group_of_row_R: Tensor
+    x_RI: Tensor,
+    weight_EIO: Tensor,
+    bias_EO: Tensor | None,
+    offsets_E: Tensor,
+    group_of_row_R: Tensor,
 ) -> Tensor:
     """Definition of `grouped_linear`, one group at a time."""
     del group_of_row_R

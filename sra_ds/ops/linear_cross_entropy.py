@@ -24,7 +24,9 @@ def linear_cross_entropy(
     Targets of -100 count nothing. The token losses carry no gradient. At most `chunk_tokens` x V logits
     exist at a time.
     """
-    loss: tuple[Tensor, Tensor] = _LinearCrossEntropy.apply(h_ND, weight_VD, targets_N, chunk_tokens)
+    loss: tuple[Tensor, Tensor] = _LinearCrossEntropy.apply(
+        h_ND, weight_VD, targets_N, chunk_tokens
+    )
     return loss
 
 
@@ -34,7 +36,9 @@ def linear_scores(
 ) -> tuple[Tensor, Tensor]:
     """For evaluation: the loss of each token, and whether its target has the largest logit."""
     parts = []
-    for h_CD, targets_C in zip(h_ND.split(chunk_tokens), targets_N.split(chunk_tokens), strict=True):
+    for h_CD, targets_C in zip(
+        h_ND.split(chunk_tokens), targets_N.split(chunk_tokens), strict=True
+    ):
         logits_CV = at_least_float32(h_CD @ weight_VD.T)
         nll_C = F.cross_entropy(logits_CV, targets_C, ignore_index=IGNORED, reduction="none")
         parts.append((nll_C, logits_CV.argmax(-1) == targets_C))
@@ -81,9 +85,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return nll_N.sum(), nll_N
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, grad_sum: Tensor, grad_nll: Tensor
-    ) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_sum: Tensor, grad_nll: Tensor) -> tuple[Tensor, Tensor, None, None]:
         del grad_nll
         grad_h_ND, grad_weight_VD = ctx.saved_tensors
         scale = grad_sum.to(grad_h_ND.dtype)

@@ -27,7 +27,12 @@ from sra_ds.errors import CheckpointError
 from sra_ds.training.run_dir import read_json, write_atomically
 
 SCHEMA_VERSION = 1
-WEIGHTS, TRAINER, MANIFEST, ENGINE = "model.safetensors", "trainer.json", "manifest.json", "deepspeed"
+WEIGHTS, TRAINER, MANIFEST, ENGINE = (
+    "model.safetensors",
+    "trainer.json",
+    "manifest.json",
+    "deepspeed",
+)
 
 
 class Layout(NamedTuple):
@@ -87,7 +92,9 @@ def verify(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint whose every file matches it; raises `CheckpointError`."""
     manifest: dict[str, Any] = read_json(folder / MANIFEST)
     if manifest.get("schema_version") != SCHEMA_VERSION:
-        raise CheckpointError(f"{folder}: schema version {manifest.get('schema_version')} is unknown")
+        raise CheckpointError(
+            f"{folder}: schema version {manifest.get('schema_version')} is unknown"
+        )
     for name, entry in manifest["files"].items():
         path = folder / name
         if not path.is_file():
@@ -160,7 +167,9 @@ def _write_manifest(folder: Path, layout: Layout, with_engine: bool) -> None:
     parts = [path for path in files if path.name.endswith("_optim_states.pt")]
     expected = layout.world_size if with_engine and layout.zero_stage > 0 else 0
     if len(parts) != expected:
-        raise CheckpointError(f"{folder}: {len(parts)} optimizer parts written, expected {expected}")
+        raise CheckpointError(
+            f"{folder}: {len(parts)} optimizer parts written, expected {expected}"
+        )
     entries = {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         for path in files

@@ -2,6 +2,7 @@
 number alone or moves on its own after a step, and keeps what it must remember in `state_dict()`.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -50,7 +51,9 @@ def learning_rate(schedule: ScheduleConfig, peak: float, step: int, steps: int) 
 class TopKSchedule:
     """k steps up at given shares of the run."""
 
-    def __init__(self, model: LanguageModel, knots: Sequence[tuple[float, float]], steps: int) -> None:
+    def __init__(
+        self, model: LanguageModel, knots: Sequence[tuple[float, float]], steps: int
+    ) -> None:
         self.routers, self.knots, self.steps = model.routers(), knots, steps
 
     def on_step_start(self, step: int) -> None:
@@ -70,7 +73,9 @@ class TopKSchedule:
 class TemperatureSchedule:
     """Linear pieces for a fixed temperature."""
 
-    def __init__(self, model: LanguageModel, knots: Sequence[tuple[float, float]], steps: int) -> None:
+    def __init__(
+        self, model: LanguageModel, knots: Sequence[tuple[float, float]], steps: int
+    ) -> None:
         self.routers, self.knots, self.steps = model.routers(), knots, steps
 
     def on_step_start(self, step: int) -> None:
@@ -138,7 +143,7 @@ def current_top_k(model: LanguageModel) -> int | None:
 
 def interpolate(knots: Sequence[tuple[float, float]], at: float) -> float:
     """Value of the piecewise linear curve through the knots; constant after the last."""
-    for (x0, y0), (x1, y1) in zip(knots, knots[1:], strict=False):
+    for (x0, y0), (x1, y1) in itertools.pairwise(knots):
         if at <= x1:
             return y0 + (y1 - y0) * (at - x0) / (x1 - x0)
     return knots[-1][1]

@@ -92,7 +92,9 @@ def merge_ds_config(
     merged = dict(ds_config)
     for key, (value, owner) in owned.items():
         given = ds_config.get(key, "auto")
-        same = given == value or (isinstance(given, dict) and given.get("enabled") in ("auto", None))
+        same = given == value or (
+            isinstance(given, dict) and given.get("enabled") in ("auto", None)
+        )
         if given != "auto" and not same:
             raise ConfigError(f"{where}: {key}={given} contradicts the recipe's {owner}={value}")
         merged[key] = value

@@ -16,10 +16,9 @@ NO_DECAY_SUFFIXES = ("bias", "anchors", "temperature")
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Every trainable parameter once: with decay, and without (biases, norms, anchors, temperatures)."""
-    norms = {
-        id(p) for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()
-    }
-    decayed, plain = [], []
+    norms = {id(p) for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             spared = id(parameter) in norms or name.endswith(NO_DECAY_SUFFIXES)

@@ -58,7 +58,10 @@ def refuse_stale_build_locks() -> None:
     """torch waits forever for a lock whose owner was killed; say so instead."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
     for lock in Path(root).glob("**/lock") if root else []:
-        if not _being_built(lock.parent) and time.time() - lock.stat().st_mtime > LOCK_GRACE_SECONDS:
+        if (
+            not _being_built(lock.parent)
+            and time.time() - lock.stat().st_mtime > LOCK_GRACE_SECONDS
+        ):
             raise BackendUnavailable(
                 f"{lock} was left by a compilation that was killed; nothing builds there now: "
                 f"delete it and start again (rm '{lock}')"

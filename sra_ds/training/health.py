@@ -70,7 +70,10 @@ def first_non_finite(engine: Any, batch: Batch) -> str:
 
     parts = [("embedding", engine.module.embedding)]
     for number, block in enumerate(engine.module.blocks):
-        parts += [(f"layer {number} mixer", block.mixer), (f"layer {number} channel", block.channel)]
+        parts += [
+            (f"layer {number} mixer", block.mixer),
+            (f"layer {number} channel", block.channel),
+        ]
     parts.append(("final norm", engine.module.final_norm))
     for name, module in parts:
         handles.append(module.register_forward_hook(watch(name)))

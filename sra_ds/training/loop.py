@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sra_ds.config import Recipe
@@ -142,7 +143,11 @@ class Trainer:
             "mfu": speed * self._flops,
             "facts": facts.facts,
         }
-        shown = {"loss": f"{facts.cross_entropy:.3f}", "tok/s": f"{speed:,.0f}", "mfu": f"{line['mfu']:.0%}"}
+        shown = {
+            "loss": f"{facts.cross_entropy:.3f}",
+            "tok/s": f"{speed:,.0f}",
+            "mfu": f"{line['mfu']:.0%}",
+        }
         experts = self.recent.summary() if facts.routings else None
         if experts is not None:
             shown["dead"] = str(experts["dead"])
@@ -169,7 +174,9 @@ class Trainer:
             found = {"loss": loss, "cross_entropy": cross_entropy}
             found |= {name: value for name, (value, _) in terms.items()}
             for name, value in found.items():
-                sums[name] = sums.get(name, 0.0) + value.detach().double() / self.batches.accumulation
+                sums[name] = (
+                    sums.get(name, 0.0) + value.detach().double() / self.batches.accumulation
+                )
             means = _mean_over_ranks(sums) if micro == self.batches.accumulation - 1 else {}
             self._require_finite(means.get("loss", 0.0), batch, "loss")
             self.engine.backward(loss)
@@ -247,7 +254,7 @@ class Trainer:
     def _snapshot_routing(self) -> None:
         if self.rank == 0 and self.recent.load_LE is not None:
             path = self.run_dir.routing / f"{self.step}.safetensors"
-            checkpoint.save_file({"load_LE": self.recent.load_LE.contiguous()}, path)
+            save_file({"load_LE": self.recent.load_LE.contiguous()}, path)
 
     def _save(self, log: RunLog) -> None:
         if self.step == self._saved_step:

@@ -1,7 +1,7 @@
 """A run is a directory anyone can read.
 
-    recipe.yaml ds_config.json environment.json tokenizer.json metrics.jsonl summary.json samples.txt
-    checkpoints/<step>/ checkpoints/best/ checkpoints/latest routing/ evaluation/ figures/
+recipe.yaml ds_config.json environment.json tokenizer.json metrics.jsonl summary.json samples.txt
+checkpoints/<step>/ checkpoints/best/ checkpoints/latest routing/ evaluation/ figures/
 """
 
 import importlib.metadata

@@ -1,0 +1,199 @@
+"""Matched comparison of recipes: same tokens, same order, several seeds, one file per finished cell.
+
+A cell is (recipe, seed) with its own run directory; one that has a summary is not run again, one that
+was interrupted is resumed. Differences are judged by a paired bootstrap over validation documents, since
+documents differ far more from each other than models do.
+"""
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from sra_ds.config import load_recipe
+from sra_ds.errors import ConfigError, DataError, TrainingError
+from sra_ds.training.run_dir import RunDir, open_run, read_json, write_atomically
+
+RESAMPLES = 10_000
+
+
+def run_cells(
+    recipes: list[str], seeds: list[int], overrides: list[str], out: Path, launch: list[str]
+) -> list[Path]:
+    """Train every cell that is not finished; `launch` is the command that trains one run."""
+    cells = [(recipe, seed) for seed in seeds for recipe in recipes]
+    for recipe in recipes:
+        load_recipe(recipe, overrides)  # a misspelt name or key fails before hours of training
+    runs = []
+    for recipe, seed in tqdm(cells, "cells"):
+        run = RunDir(out / f"{Path(recipe).stem}-s{seed}")
+        asked = [*overrides, f"training.seed={seed}"]
+        if not run.summary_file.is_file():
+            _train_cell(run, recipe, asked, launch)
+        elif run.recipe() != load_recipe(recipe, asked):
+            raise ConfigError(
+                f"{run.path} holds a finished run of other settings; choose another --out or delete it"
+            )
+        runs.append(run.path)
+    return runs
+
+
+def compare_runs(
+    paths: list[Path], draw: Callable[[list[dict[str, Any]], Path], None], out: Path
+) -> dict[str, Any]:
+    """Table, CSV, JSON and figure of finished runs. Raises `DataError` when their text differs and
+    `ConfigError` when their budgets do."""
+    runs = [open_run(path) for path in paths]
+    cells = [_read_cell(run) for run in runs]
+    _require_equal(cells, "corpus_fingerprint", DataError, "were trained on different text")
+    _require_equal(cells, "tokens", ConfigError, "saw different numbers of tokens")
+    out.mkdir(parents=True, exist_ok=True)
+    for cell in cells:
+        write_atomically(
+            out / f"cell-{cell['recipe']}-s{cell['seed']}.json", json.dumps(cell, indent=1)
+        )
+    rows = [_row(recipe, cells) for recipe in dict.fromkeys(cell["recipe"] for cell in cells)]
+    documents = {run.path: _documents(run) for run in runs}
+    by_recipe = {
+        row["recipe"]: [documents[Path(c["run"])] for c in cells if c["recipe"] == row["recipe"]]
+        for row in rows
+    }
+    first = rows[0]["recipe"]
+    differences = [
+        {
+            "recipe": row["recipe"],
+            "against": first,
+            **paired_bootstrap(by_recipe[row["recipe"]], by_recipe[first]),
+        }
+        for row in rows[1:]
+    ]
+    result = {"rows": rows, "differences": differences, "cells": cells}
+    write_atomically(out / "comparison.json", json.dumps(result, indent=1))
+    write_atomically(out / "comparison.md", markdown(rows, differences))
+    with (out / "comparison.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(cells[0]))
+        writer.writeheader()
+        writer.writerows(cells)
+    draw(rows, out / "comparison.png")
+    return result
+
+
+def paired_bootstrap(
+    ours: list[tuple[NDArray[Any], NDArray[Any]]], theirs: list[tuple[NDArray[Any], NDArray[Any]]]
+) -> dict[str, float]:
+    """Difference in nats per token (ours - theirs, mean over seeds) with its 95 % interval over
+    documents, and the share of resamples in which ours is lower."""
+    nll = np.mean([d[0] for d in ours], axis=0) - np.mean([d[0] for d in theirs], axis=0)
+    tokens = ours[0][1]
+    picks = np.random.default_rng(0).integers(0, len(nll), (RESAMPLES, len(nll)))
+    resampled = nll[picks].sum(1) / tokens[picks].sum(1)
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return {
+        "nats_per_token": float(nll.sum() / tokens.sum()),
+        "low": float(low),
+        "high": float(high),
+        "share_lower": float((resampled < 0).mean()),
+    }
+
+
+def markdown(rows: list[dict[str, Any]], differences: list[dict[str, Any]]) -> str:
+    """The table for people."""
+    lines = [
+        "| recipe | seeds | token perplexity | word perplexity | bits per byte | accuracy "
+        "| dead experts | tokens/s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        spread = (
+            f" ± {row['token_perplexity_sd']:.2f}" if row["token_perplexity_sd"] is not None else ""
+        )
+        dead = "–" if row["dead_fraction"] is None else f"{row['dead_fraction']:.1%}"
+        lines.append(
+            f"| {row['recipe']} | {len(row['seeds'])} | {row['token_perplexity_mean']:.2f}{spread} | "
+            f"{row['word_perplexity_mean']:.1f} | {row['bits_per_byte_mean']:.4f} | "
+            f"{row['accuracy_mean']:.2%} | {dead} | {row['tokens_per_second_mean']:,.0f} |"
+        )
+    lines.append("")
+    for d in differences:
+        lines.append(
+            f"{d['recipe']} minus {d['against']}: {d['nats_per_token']:+.4f} nats per token "
+            f"[{d['low']:+.4f}, {d['high']:+.4f}] (95 %, paired bootstrap over documents)"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _train_cell(run: RunDir, recipe: str, overrides: list[str], launch: list[str]) -> None:
+    command = [*launch, "--run", str(run.path)]
+    if (run.checkpoints / "latest").is_file():
+        command += ["--resume"]
+    else:
+        if run.recipe_file.exists():
+            run.recipe_file.unlink()  # started and killed before its first checkpoint
+        command += ["--recipe", recipe, *overrides]
+    code = subprocess.run(command, check=False, stdout=sys.stderr).returncode
+    if code or not run.summary_file.is_file():
+        raise TrainingError(f"cell {run.path} did not finish (exit {code}); call again to go on")
+
+
+def _read_cell(run: RunDir) -> dict[str, Any]:
+    if not run.summary_file.is_file():
+        raise ConfigError(f"{run.path} has no summary.json: the run is not finished")
+    summary, recipe = read_json(run.summary_file), run.recipe()
+    experts = summary["experts"] or {}
+    figures = ("token_perplexity", "word_perplexity", "bits_per_byte", "accuracy", "nll_per_token")
+    return {
+        "recipe": recipe.name,
+        "seed": recipe.training.seed,
+        "run": str(run.path),
+        **{name: summary["validation"][name] for name in figures},
+        "dead_fraction": experts.get("dead_fraction"),
+        "tokens": summary["tokens"],
+        "seconds": summary["seconds"],
+        "tokens_per_second": summary["tokens_per_second"],
+        "parameters": summary["params"]["total"],
+        "active": summary["params"]["active"],
+        "device": summary["device"],
+        "corpus_fingerprint": summary["corpus_fingerprint"],
+    }
+
+
+def _row(recipe: str, cells: list[dict[str, Any]]) -> dict[str, Any]:
+    own = [cell for cell in cells if cell["recipe"] == recipe]
+    values = [cell["token_perplexity"] for cell in own]
+    dead = [cell["dead_fraction"] for cell in own if cell["dead_fraction"] is not None]
+    means = ("word_perplexity", "bits_per_byte", "accuracy", "tokens_per_second")
+    return {
+        "recipe": recipe,
+        "seeds": [cell["seed"] for cell in own],
+        "token_perplexities": values,
+        "token_perplexity_mean": mean(values),
+        "token_perplexity_sd": stdev(values) if len(values) > 1 else None,
+        "dead_fraction": mean(dead) if dead else None,
+        **{f"{name}_mean": mean(cell[name] for cell in own) for name in means},
+    }
+
+
+def _documents(run: RunDir) -> tuple[NDArray[Any], NDArray[Any]]:
+    path = run.evaluation / "valid_documents.npz"
+    if not path.is_file():
+        raise DataError(f"{path} is missing: the run has no per-document losses")
+    with np.load(path, allow_pickle=False) as arrays:
+        return arrays["nll"], arrays["tokens"]
+
+
+def _require_equal(
+    cells: list[dict[str, Any]], key: str, error: type[Exception], what: str
+) -> None:
+    values = {cell[key]: cell["run"] for cell in cells}
+    if len(values) > 1:
+        raise error(
+            f"the runs {what}: " + ", ".join(f"{run}: {str(v)[:12]}" for v, run in values.items())
+        )

@@ -1,0 +1,51 @@
+"""Expert health of a trained model: load over many tokens and dead experts at both definitions."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from sra_ds.data.loader import TrainingWindows
+from sra_ds.evaluation.perplexity import Model
+from sra_ds.metrics import load_summary
+
+
+@torch.no_grad()
+def load_over_tokens(
+    model: Model,
+    windows: TrainingWindows,
+    load_LE: NDArray[np.float64],
+    tokens: int,
+    wanted: int,
+    batch_size: int,
+    device: torch.device,
+) -> tuple[NDArray[np.float64], int]:
+    """Add training windows to the load of an evaluation until `wanted` tokens are seen; a rate of 1e-4
+    cannot be told from zero on fewer than a million. Returns (load, tokens seen)."""
+    missing = min(max(0, wanted - tokens), windows.count * windows.length)
+    steps = -(-missing // (batch_size * windows.length))
+    for step in tqdm(range(steps), "expert health", leave=False):
+        batch = windows.batch(step, batch_size)
+        routings = model(*batch.to(device)).routings
+        load_LE = load_LE + torch.stack([r.load_E for r in routings]).double().cpu().numpy()
+        tokens += batch.ids_BT.numel()
+    return load_LE, tokens
+
+
+def health(load_LE: NDArray[np.float64], tokens: int) -> dict[str, Any]:
+    """Per layer and over all layers; `dead_by_routes` is the published v1 definition (below 1e-4 of the
+    layer's routes), `dead_by_tokens` v2's (chosen by fewer than 1e-4 of the tokens)."""
+    layers = [load_summary(torch.from_numpy(load_E), tokens) for load_E in load_LE]
+    experts = max(load_LE.size, 1)
+    return {
+        "tokens": tokens,
+        "enough_tokens": tokens >= 1_000_000,
+        "dead_by_routes": sum(int(layer["dead_by_routes"]) for layer in layers),
+        "dead_by_tokens": sum(int(layer["dead_by_tokens"]) for layer in layers),
+        "dead_fraction": sum(layer["dead_by_routes"] for layer in layers) / experts,
+        "load_cv": sum(layer["load_cv"] for layer in layers) / max(len(layers), 1),
+        "max_violation": max((layer["max_violation"] for layer in layers), default=0.0),
+        "per_layer": layers,
+    }

@@ -1,0 +1,111 @@
+"""Everything `tools/evaluate.py` says about a trained run."""
+
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from sra_ds.config.data import CorpusConfig, DocstringsConfig
+from sra_ds.data.loader import TrainingWindows
+from sra_ds.data.prepare import prepare, split_from_files
+from sra_ds.data.shards import TokenCorpus, TokenSplit
+from sra_ds.data.tokenizer import end_of_text_id
+from sra_ds.errors import ConfigError
+from sra_ds.evaluation.experts import health, load_over_tokens
+from sra_ds.evaluation.legacy import legacy_sra
+from sra_ds.evaluation.perplexity import Perplexity, Setting, evaluate
+from sra_ds.inference.load import LoadedRun
+
+
+class Scoring(NamedTuple):
+    """What to score and how; `stride` 0 means windows without overlap."""
+
+    split: str = "valid"
+    text: Path | None = None
+    stride: int = 0
+    batch_size: int = 16
+    health_tokens: int = 0
+    legacy: bool = False
+
+
+def open_corpus(loaded: LoadedRun) -> TokenCorpus:
+    """The corpus a run was trained on; refuses another text or tokenizer."""
+    corpus = prepare(loaded.recipe.data)
+    environment = loaded.run.environment()
+    corpus.require_tokenizer(environment["tokenizer_sha256"], str(loaded.run.path))
+    corpus.require_fingerprint(environment["corpus_fingerprint"], str(loaded.run.path))
+    return corpus
+
+
+def score_run(loaded: LoadedRun, scoring: Scoring, device: torch.device) -> dict[str, Any]:
+    """Perplexity of a split or of the user's text, expert health and, if asked for, the legacy figure."""
+    head = {"run": str(loaded.run.path), "checkpoint": loaded.checkpoint.name}
+    if scoring.text is None:
+        corpus = open_corpus(loaded)
+        split = corpus.split(scoring.split)
+        body = _score(loaded, split, scoring, device, corpus)
+        return {**head, "split": scoring.split, **body}
+    vocab_size = loaded.recipe.data.tokenizer.vocab_size
+    with tempfile.TemporaryDirectory() as folder:
+        split = split_from_files(scoring.text, loaded.tokenizer, vocab_size, Path(folder))
+        return {**head, "text": str(scoring.text), **_score(loaded, split, scoring, device, None)}
+
+
+def _score(
+    loaded: LoadedRun,
+    split: TokenSplit,
+    scoring: Scoring,
+    device: torch.device,
+    corpus: TokenCorpus | None,
+) -> dict[str, Any]:
+    data = loaded.recipe.data
+    result = evaluate(loaded.model, split, setting(loaded, scoring, device), progress=True)
+    assert result is not None
+    report: dict[str, Any] = dict(result.summary())
+    if loaded.model.routers() and scoring.health_tokens:
+        report["experts"] = _health(loaded, result, scoring, device, corpus)
+    if scoring.legacy:
+        blank_line = isinstance(data, DocstringsConfig)
+        report["legacy_sra"] = legacy_sra(
+            loaded.model, split, loaded.tokenizer, blank_line, device, progress=True
+        )
+    return report
+
+
+def setting(loaded: LoadedRun, scoring: Scoring, device: torch.device) -> Setting:
+    """Window geometry for this run's model; raises `ConfigError` for a stride beyond the window."""
+    data: CorpusConfig = loaded.recipe.data
+    if scoring.stride > data.sequence_length:
+        raise ConfigError(f"--stride {scoring.stride} exceeds the window of {data.sequence_length}")
+    stride = scoring.stride or data.sequence_length
+    end = end_of_text_id(loaded.tokenizer)
+    return Setting(data.sequence_length, stride, scoring.batch_size, end, device)
+
+
+def _health(
+    loaded: LoadedRun,
+    result: Perplexity,
+    scoring: Scoring,
+    device: torch.device,
+    corpus: TokenCorpus | None,
+) -> dict[str, Any]:
+    load_LE = result.load_LE
+    tokens = round(float(load_LE[0].sum()) / loaded.model.routers()[0].top_k)
+    if corpus is not None:
+        windows = TrainingWindows(
+            corpus.split("train"),
+            loaded.recipe.data.sequence_length,
+            loaded.recipe.training.seed,
+            corpus.end_of_text_id,
+        )
+        load_LE, tokens = load_over_tokens(
+            loaded.model,
+            windows,
+            load_LE,
+            tokens,
+            scoring.health_tokens,
+            scoring.batch_size,
+            device,
+        )
+    return health(load_LE, tokens)

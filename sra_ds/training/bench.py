@@ -1,0 +1,148 @@
+"""Step times and memory, measured so that ratios can be trusted: every variant in one process, one step
+each in turn, medians over the rounds. Random tokens, fresh ones every step.
+"""
+
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from sra_ds.config import Recipe
+from sra_ds.data.loader import Batch
+from sra_ds.errors import TrainingError
+from sra_ds.losses import auxiliary_losses, total_loss
+from sra_ds.metrics import over_ranks
+from sra_ds.model.language_model import LanguageModel, ModelOutput, build_model
+from sra_ds.training.ds_config import merge_ds_config, plan_batches
+from sra_ds.training.engine import build_engine, build_optimizer, start_processes
+
+Step = Callable[[Batch], None]
+
+
+def random_batch(recipe: Recipe, windows: int, step: int) -> Batch:
+    """Uniform random tokens, one document per window."""
+    shape = (windows, recipe.data.sequence_length)
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(recipe.data.tokenizer.vocab_size, shape, generator=generator)
+    return Batch(ids, ids.roll(-1, 1), torch.zeros_like(ids))
+
+
+def plain_step(recipe: Recipe, model: LanguageModel) -> Step:
+    """A plain torch training step of the recipe: what the engine is compared with."""
+    optimizer = build_optimizer(model, recipe)
+    clip = recipe.training.gradient_clipping
+
+    def step(batch: Batch) -> None:
+        _loss(model(*batch), recipe).backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def engine_step(recipe: Recipe, model: LanguageModel, stage: int) -> Step:
+    """The same step through DeepSpeed at a ZeRO stage."""
+    ds_config: dict[str, Any] = {"zero_optimization": {"stage": stage}}
+    if stage in (1, 2):
+        ds_config["zero_optimization"] |= {
+            "overlap_comm": False,
+            "reduce_bucket_size": 50_000_000,
+            "allgather_bucket_size": 50_000_000,
+        }
+    merged = merge_ds_config(ds_config, recipe, plan_batches(recipe, 1), torch.float32, "bench")
+    engine = build_engine(model, recipe, merged)
+
+    def step(batch: Batch) -> None:
+        engine.backward(_loss(engine(*batch), recipe))
+        engine.step()
+
+    return step
+
+
+def bench_step(recipes: list[Recipe], stages: list[int], rounds: int) -> dict[str, Any]:
+    """Median step time of every recipe, in plain torch and at each stage, and their ratios.
+
+    `moe_over_dense` compares the first recipe with the last one named (the dense twin) in plain torch;
+    `engine_over_plain` compares the stages with plain torch for the first recipe.
+    """
+    start_processes()
+    variants: dict[str, Step] = {}
+    for recipe in recipes:
+        variants[f"{recipe.name}/torch"] = plain_step(recipe, build_model(recipe))
+    for stage in stages:
+        variants[f"{recipes[0].name}/zero{stage}"] = engine_step(
+            recipes[0], build_model(recipes[0]), stage
+        )
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for number in tqdm(range(rounds + 2), "rounds"):
+        batch = random_batch(recipes[0], recipes[0].training.batch_size, number)
+        for name, step in variants.items():
+            start = time.perf_counter()
+            step(batch)
+            if number >= 2:
+                seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    plain, last = f"{recipes[0].name}/torch", f"{recipes[-1].name}/torch"
+    return {
+        "seconds": medians,
+        "all_seconds": seconds,
+        "moe_over_dense": _ratio(seconds, plain, last),
+        "engine_over_plain": {
+            f"zero{stage}": _ratio(seconds, f"{recipes[0].name}/zero{stage}", plain)
+            for stage in stages
+        },
+        "tokens_per_step": recipes[0].training.batch_size * recipes[0].data.sequence_length,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def peak_memory_of_one_step(recipe: Recipe, stage: int | None) -> dict[str, Any]:
+    """Peak resident bytes of this process over one training step, and before the model was built.
+    Call it in a fresh process: a peak never falls. `stage` None is plain torch."""
+    if stage is not None:
+        start_processes()
+    before = _peak_bytes()
+    model = build_model(recipe)
+    step = plain_step(recipe, model) if stage is None else engine_step(recipe, model, stage)
+    step(random_batch(recipe, recipe.training.batch_size, 0))
+    return {
+        "recipe": recipe.name,
+        "variant": "torch" if stage is None else f"zero{stage}",
+        "micro_batch_size": recipe.training.batch_size,
+        "peak_bytes": _peak_bytes(),
+        "peak_bytes_before_model": before,
+    }
+
+
+def in_fresh_process(arguments: list[str]) -> str:
+    """Standard output of this program run again with other arguments."""
+    result = subprocess.run(
+        [sys.executable, *arguments], check=False, stdout=subprocess.PIPE, text=True
+    )
+    if result.returncode:
+        raise TrainingError(f"{' '.join(arguments)} ended with exit code {result.returncode}")
+    return result.stdout
+
+
+def _loss(output: ModelOutput, recipe: Recipe) -> torch.Tensor:
+    assert output.loss_sum is not None and output.token_count is not None
+    terms = auxiliary_losses(over_ranks(output.routings), recipe.losses)
+    return total_loss(output.loss_sum / output.token_count, terms)
+
+
+def _ratio(seconds: dict[str, list[float]], above: str, below: str) -> float:
+    """Median over rounds of the ratio within each round."""
+    pairs = zip(seconds[above], seconds[below], strict=True)
+    return statistics.median(a / b for a, b in pairs)
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,98 @@
+"""Fixtures that every test may use: seeds, threads, poisoned memory and tiny recipes."""
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sra_ds.config import Recipe
+from sra_ds.config.loading import merge, validate
+
+GELU = {"kind": "gelu", "hidden": 16, "dropout": 0.0}
+SWIGLU = {"kind": "swiglu", "hidden": 16, "dropout": 0.0}
+MOE = {"kind": "moe", "experts": 4, "top_k": 2, "expert": GELU}
+
+CHANNELS: dict[str, dict[str, Any]] = {
+    "moe-cosine": {**MOE, "router": {"kind": "cosine"}},
+    "moe-linear": {**MOE, "router": {"kind": "linear", "bias": True}},
+    "moe-hash": {**MOE, "router": {"kind": "hash"}},
+    "dense": {"kind": "dense", "feed_forward": GELU},
+    "moe-swiglu-shared": {
+        **MOE,
+        "expert": SWIGLU,
+        "shared_expert": SWIGLU,
+        "router": {"kind": "cosine", "temperature": "per_expert", "gate": "straight_through"},
+    },
+}
+ROUTED = [name for name in CHANNELS if name != "dense"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_threads() -> None:
+    """Results and times do not depend on how many cores a machine has."""
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test draws the same numbers, alone or in the whole set."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Uninitialised memory is NaN, so that a kernel that forgets a row fails."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(8).isnan().all()
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+
+
+@pytest.fixture
+def tiny_recipe() -> Callable[..., Recipe]:
+    """`tiny_recipe(family, overlay)`: a validated recipe of a few thousand weights, no dropout."""
+
+    def build(family: str = "moe-cosine", overlay: dict[str, Any] | None = None) -> Recipe:
+        tree = {
+            "name": family,
+            "data": {
+                "source": "docstrings",
+                "sequence_length": 16,
+                "tokenizer": {"vocab_size": 257},
+            },
+            "model": {
+                "width": 32,
+                "layers": 2,
+                "embedding": {"kind": "token", "dropout": 0.0},
+                "mixer": {"kind": "attention", "heads": 2, "dropout": 0.0},
+                "channel": CHANNELS[family],
+                "head": {"kind": "tied", "chunk_tokens": 13},
+            },
+            "training": {"steps": 10, "batch_size": 4},
+        }
+        return validate(merge(tree, overlay or {}))
+
+    return build
+
+
+@pytest.fixture(params=list(CHANNELS))
+def family(request: pytest.FixtureRequest) -> str:
+    """Each kind of model in turn, for `tiny_recipe`."""
+    return str(request.param)
+
+
+@pytest.fixture(params=ROUTED)
+def routed_family(request: pytest.FixtureRequest) -> str:
+    """Each kind of routed model in turn, for `tiny_recipe`."""
+    return str(request.param)

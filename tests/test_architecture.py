@@ -1,0 +1,106 @@
+"""The directions of imports, read from the source without running it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "sra_ds"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+FOUNDATION = {"errors", "config", "ops", "data", "moe", "model", "losses", "metrics"}
+ALLOWED = {
+    "errors": set(),
+    "config": {"errors"},
+    "ops": {"errors"},
+    "data": {"errors", "config"},
+    "moe": {"errors", "config", "ops"},
+    "model": {"errors", "config", "ops", "moe"},
+    "losses": {"moe", "config"},
+    "metrics": {"moe"},
+    "training": FOUNDATION,
+    "evaluation": FOUNDATION | {"training", "inference"},
+    "analysis": FOUNDATION | {"training", "inference"},
+    "inference": FOUNDATION | {"training"},
+    "cli": {"errors"},
+    "workflow": FOUNDATION | {"training", "evaluation", "analysis", "inference"},
+    "__init__": FOUNDATION | {"training", "evaluation", "analysis", "inference", "workflow"},
+}
+READERS_OF_TRAINING = {"run_dir", "checkpoint"}
+OWNERS = {
+    "deepspeed": {"training/engine.py", "training/prebuild.py", "moe/backends/deepspeed.py"},
+    "megablocks": {"moe/backends/megablocks.py"},
+    "matplotlib": {"analysis/plots.py"},
+    "wandb": {"training/logging.py"},
+    "argparse": {"cli.py"},
+}
+
+
+def imports(path: Path) -> list[str]:
+    """Dotted names of all modules a file imports, also inside functions."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.append(node.module)
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def part_of(path: Path) -> str:
+    """The package or top-level module a file belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_flow_one_way(path):
+    own = part_of(path)
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] != "sra_ds" or len(parts) < 2 or parts[1] == own:
+            continue
+        assert parts[1] in ALLOWED[own], f"{own} may not import {name}"
+        if parts[1] == "training" and own in ("evaluation", "analysis", "inference"):
+            readers = READERS_OF_TRAINING
+            assert len(parts) == 2 or parts[2] in readers, f"{own} may read run files only: {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_heavy_libraries_have_one_owner(path):
+    relative = str(path.relative_to(PACKAGE))
+    for name in imports(path):
+        owners = OWNERS.get(name.split(".")[0])
+        assert owners is None or relative in owners, f"{relative} may not import {name}"
+
+
+def test_config_and_errors_import_no_torch():
+    for path in FILES:
+        if part_of(path) in ("config", "errors"):
+            assert not any(name.split(".")[0] == "torch" for name in imports(path)), path
+
+
+def test_parts_of_the_model_do_not_import_each_other():
+    folders = ("embeddings", "mixers", "channels", "heads")
+    for path in FILES:
+        parts = path.relative_to(PACKAGE).parts
+        if parts[0] != "model" or parts[1] not in folders:
+            continue
+        for name in imports(path):
+            other = name.split(".")[2:3]
+            if name.startswith("sra_ds.model.") and other and other[0] in folders:
+                assert other[0] == parts[1], f"{path} imports {name}"
+
+
+def test_tools_are_thin():
+    for path in (ROOT / "tools").glob("*.py"):
+        assert len(path.read_text("utf-8").splitlines()) <= 80, path
+
+
+def test_functions_and_files_stay_small():
+    for path in FILES:
+        assert len(path.read_text("utf-8").splitlines()) <= 400, path
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                assert node.end_lineno - node.lineno <= 70, f"{path}:{node.name}"
