@@ -181,8 +181,8 @@ def rotate_loop(x_TC: Tensor, positions: list[int], theta: float) -> Tensor:
     rows = []
     for x_C, position in zip(x_TC, positions, strict=True):
         pairs = torch.complex(x_C[:half], x_C[half:])
-        angles = torch.tensor([position * theta ** (-2 * i / (2 * half)) for i in range(half)])
-        turned = pairs * torch.polar(torch.ones(half).to(x_C), angles.to(x_C))
+        angles = x_C.new_tensor([position * theta ** (-i / half) for i in range(half)])
+        turned = pairs * torch.polar(torch.ones_like(angles), angles)
         rows.append(torch.cat([turned.real, turned.imag]))
     return torch.stack(rows)
 

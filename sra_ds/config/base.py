@@ -2,7 +2,7 @@
 
 A choice between parts is a pydantic union discriminated by `kind` (for data: by `source`). In YAML and
 on the command line a bare name stands for the part with its defaults: `mixer: attention` is
-`mixer: {kind: attention}`.
+`mixer: {kind: attention}`. Where one kind is the usual one, it may be left out.
 """
 
 from typing import Any
@@ -16,12 +16,17 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
-def _named(key: str) -> BeforeValidator:
+def by_name(key: str, usual: str | None = None) -> BeforeValidator:
+    """Expand a bare name to `{key: name}`, and fill in the usual choice where none is named."""
+
     def expand(value: Any) -> Any:
-        return {key: value} if isinstance(value, str) else value
+        if isinstance(value, str):
+            return {key: value}
+        if usual is not None and isinstance(value, dict) and key not in value:
+            return {key: usual, **value}
+        return value
 
     return BeforeValidator(expand)
 
 
-BY_KIND = _named("kind")
-BY_SOURCE = _named("source")
+BY_KIND = by_name("kind")

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from sra_ds.config.base import BY_SOURCE, Part
+from sra_ds.config.base import Part, by_name
 
 
 class TokenizerConfig(Part):
@@ -80,5 +80,5 @@ class HubConfig(CorpusConfig):
 DataConfig = Annotated[
     DocstringsConfig | TextConfig | WikitextConfig | HubConfig,
     Field(discriminator="source"),
-    BY_SOURCE,
+    by_name("source"),
 ]

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from sra_ds.config.base import BY_KIND, Part
+from sra_ds.config.base import BY_KIND, Part, by_name
 
 
 class TokenEmbeddingConfig(Part):
@@ -45,7 +45,9 @@ class SwigluConfig(Part):
     dropout: float = Field(0.1, ge=0, lt=1)
 
 
-FeedForwardConfig = Annotated[GeluConfig | SwigluConfig, Field(discriminator="kind"), BY_KIND]
+FeedForwardConfig = Annotated[
+    GeluConfig | SwigluConfig, Field(discriminator="kind"), by_name("kind", "gelu")
+]
 
 GateForm = Literal["selected", "all", "straight_through"]
 
@@ -96,7 +98,7 @@ class HashRouterConfig(Part):
 AnyRouterConfig = Annotated[
     CosineRouterConfig | LinearRouterConfig | RandomRouterConfig | HashRouterConfig,
     Field(discriminator="kind"),
-    BY_KIND,
+    by_name("kind", "cosine"),
 ]
 
 

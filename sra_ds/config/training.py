@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from sra_ds.config.base import BY_KIND, Part
+from sra_ds.config.base import BY_KIND, Part, by_name
 
 
 class AdamWConfig(Part):
@@ -27,7 +27,9 @@ class SgdConfig(Part):
     weight_decay: float = Field(0.0, ge=0)
 
 
-OptimizerConfig = Annotated[AdamWConfig | SgdConfig, Field(discriminator="kind"), BY_KIND]
+OptimizerConfig = Annotated[
+    AdamWConfig | SgdConfig, Field(discriminator="kind"), by_name("kind", "adamw")
+]
 
 
 class ScheduleConfig(Part):

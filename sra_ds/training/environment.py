@@ -35,6 +35,8 @@ def prepare_process() -> None:
         os.environ.update({k: v for k, v in SINGLE_PROCESS.items() if k not in os.environ})
     if "TORCH_EXTENSIONS_DIR" not in os.environ and sys.prefix != sys.base_prefix:
         os.environ["TORCH_EXTENSIONS_DIR"] = str(Path(sys.prefix) / "torch_extensions")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     programs = str(Path(sys.executable).parent)  # ninja lives beside a virtual environment's python
     if programs not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join([programs, os.environ.get("PATH", "")])

@@ -1,0 +1,95 @@
+"""T12: parameter and FLOP counts against closed forms."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from sra_ds.config import Recipe
+from sra_ds.model.counting import count_parameters, flops_per_token
+from sra_ds.model.language_model import build_model
+
+Builder = Callable[..., Recipe]
+VOCABULARY, WIDTH, LAYERS, EXPERTS, TOP_K, HIDDEN = 257, 32, 2, 4, 2, 16
+GELU = 2 * WIDTH * HIDDEN + HIDDEN + WIDTH
+SWIGLU = 3 * WIDTH * HIDDEN
+FEED_FORWARDS = {
+    "moe-cosine": (EXPERTS * GELU, TOP_K * GELU, EXPERTS * WIDTH + 1),
+    "moe-linear": (EXPERTS * GELU, TOP_K * GELU, EXPERTS * WIDTH + EXPERTS),
+    "moe-hash": (EXPERTS * GELU, TOP_K * GELU, 0),
+    "dense": (GELU, GELU, 0),
+    "moe-swiglu-shared": (
+        (EXPERTS + 1) * SWIGLU,
+        (TOP_K + 1) * SWIGLU,
+        EXPERTS * WIDTH + EXPERTS,
+    ),
+}
+ATTENTION = 4 * WIDTH * WIDTH + 4 * WIDTH
+NORMS = 4 * WIDTH * LAYERS + 2 * WIDTH
+
+
+def test_t12_counts_equal_the_closed_form(tiny_recipe: Builder, family: str) -> None:
+    total_experts, active_experts, router = FEED_FORWARDS[family]
+    counts = count_parameters(build_model(tiny_recipe(family), "meta"))
+    by_part = {
+        "embedding_head": VOCABULARY * WIDTH,
+        "attention": LAYERS * ATTENTION,
+        "experts": LAYERS * total_experts,
+        "router": LAYERS * router,
+        "norms": NORMS,
+    }
+    active_by_part = {**by_part, "experts": LAYERS * active_experts}
+    assert counts["total_by_part"] == by_part
+    assert counts["active_by_part"] == active_by_part
+    assert counts["total"] == sum(by_part.values())
+    assert counts["active_with_anchors"] == sum(active_by_part.values())
+    assert counts["active"] == sum(active_by_part.values()) - LAYERS * router
+    assert counts["feed_forward_and_router"] == LAYERS * (active_experts + router)
+
+
+def test_t12_total_is_the_number_of_stored_weights(tiny_recipe: Builder, family: str) -> None:
+    model = build_model(tiny_recipe(family))
+    assert count_parameters(model)["total"] == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("router", ["cosine", "random"])
+def test_t12_the_published_model_has_the_published_size(tiny_recipe: Builder, router: str) -> None:
+    temperature = {"temperature": "none"} if router == "cosine" else {}
+    overlay: dict[str, Any] = {
+        "data": {"tokenizer": {"vocab_size": 32_000}},
+        "model": {
+            "width": 512,
+            "layers": 4,
+            "mixer": {"kind": "attention", "heads": 8},
+            "channel": {
+                "experts": 128,
+                "expert": {"kind": "gelu", "hidden": 1024},
+                "router": {"kind": router, **temperature},
+            },
+        },
+    }
+    counts = count_parameters(build_model(tiny_recipe("moe-cosine", overlay), "meta"))
+    anchors = 4 * 128 * 512 if router == "cosine" else 0
+    assert counts["active_by_part"]["router"] == anchors
+    assert counts["active"] / 1e6 == pytest.approx(29.0, abs=0.05)
+    assert counts["active_with_anchors"] == counts["active"] + anchors
+    if router == "cosine":
+        assert counts["total"] / 1e6 == pytest.approx(558.5, abs=0.05)
+        assert counts["active_with_anchors"] / 1e6 == pytest.approx(29.3, abs=0.05)
+        assert counts["feed_forward_and_router"] / 1e6 == pytest.approx(8.66, abs=0.005)
+
+
+@pytest.mark.parametrize("length", [16, 256])
+def test_t12_flops_are_six_per_active_weight_and_half_the_attention_square(
+    tiny_recipe: Builder, family: str, length: int
+) -> None:
+    model = build_model(tiny_recipe(family), "meta")
+    # per layer and token: scores and their use, 2 T D multiply-adds, half of them masked, 3 passes
+    attention = LAYERS * (2 * length * WIDTH) * 2 / 2 * 3
+    expected = 6 * count_parameters(model)["active_with_anchors"] + attention
+    assert flops_per_token(model, length) == expected
+
+
+def test_building_on_meta_allocates_nothing(tiny_recipe: Builder) -> None:
+    model = build_model(tiny_recipe("moe-cosine", {"model": {"width": 65_536, "layers": 1}}), "meta")
+    assert {p.device.type for p in model.parameters()} == {"meta"}
