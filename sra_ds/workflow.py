@@ -6,6 +6,7 @@ This is what `launch/train.py` calls. Training knows nothing of evaluation; it i
 import errno
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -153,16 +154,16 @@ def _train(
     if resume:
         folder, manifest, problems = checkpoint.newest_complete(run.checkpoints)
         for problem in problems if first else []:
-            tqdm.write(f"passing over a broken checkpoint: {problem}")
+            _say(f"passing over a broken checkpoint: {problem}")
         checkpoint.require_layout(manifest, layout, folder)
         trainer.restore(checkpoint.load_engine(engine, folder))
         if first:
             run.drop_metrics_after(trainer.step)
-            tqdm.write(f"resuming {run.path} at step {trainer.step}")
+            _say(f"resuming {run.path} at step {trainer.step}")
     outcome = trainer.run()
     if outcome.stopped_by is not None:
         if first:
-            tqdm.write(
+            _say(
                 f"stopped by {outcome.stopped_by} after step {outcome.step}; everything is saved: "
                 f"go on with --resume --run {run.path}"
             )
@@ -316,6 +317,11 @@ def _remedy(error: Exception, resolved: Resolved, run: RunDir) -> str | None:
             f"lower checkpoint.keep, then --resume --run {run.path}"
         )
     return None
+
+
+def _say(text: str) -> None:
+    """One line for the person watching; standard output is for results."""
+    tqdm.write(text, file=sys.stderr)
 
 
 def finish_processes() -> None:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sra_ds.config.model import FeedForwardConfig
@@ -185,11 +184,6 @@ def rotate_loop(x_TC: Tensor, positions: list[int], theta: float) -> Tensor:
         turned = pairs * torch.polar(torch.ones_like(angles), angles)
         rows.append(torch.cat([turned.real, turned.imag]))
     return torch.stack(rows)
-
-
-def cross_entropy_loop(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """Sum of -log p(target) over counted targets."""
-    return F.cross_entropy(logits_NV, targets_N, ignore_index=-100, reduction="sum")
 
 
 @torch.no_grad()

@@ -13,7 +13,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict
 class Part(BaseModel):
     """A frozen node of the recipe tree; an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 def by_name(key: str, usual: str | None = None) -> BeforeValidator:

@@ -38,7 +38,7 @@ class DocstringsConfig(CorpusConfig):
 
 
 class TextConfig(CorpusConfig):
-    """Files or folders of .txt, .jsonl or .parquet, plain or compressed (.xz, .gz, .zst)."""
+    """Files or folders of .parquet, or .txt and .jsonl, plain or compressed (.xz, .gz, .zst)."""
 
     source: Literal["text"] = "text"
     train: tuple[Path, ...]
@@ -46,7 +46,7 @@ class TextConfig(CorpusConfig):
     valid: tuple[Path, ...] = ()
     """Files of the validation split; empty: a hash of each document decides (`held_out`)."""
     test: tuple[Path, ...] = ()
-    """Files of the test split; empty: like `valid`."""
+    """Files of the test split; empty: a hash of each training document decides."""
     held_out: float = Field(0.02, gt=0, lt=0.5)
     """Share of documents that goes to each of valid and test when no files are named for it."""
     field: str = "text"

@@ -2,8 +2,8 @@
 
     defaults < recipe that `extends` names < recipe file < overrides
 
-Layers merge key by key; a part whose `kind` (or `source`) changes is replaced whole, since the keys of
-one kind mean nothing to another.
+Layers merge key by key; a part whose `kind` changes is replaced whole, since the keys of one kind mean
+nothing to another; a corpus keeps what all sources share.
 """
 
 import difflib
@@ -15,6 +15,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from sra_ds.config.data import CorpusConfig
 from sra_ds.config.recipe import Recipe
 from sra_ds.errors import ConfigError
 
@@ -54,7 +55,7 @@ def validate(tree: Tree) -> Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The merged recipe as YAML that `load_recipe` reads back to an equal `Recipe`."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 
 
 def parse_override(text: str) -> Tree:
@@ -78,8 +79,10 @@ def merge(base: Tree, overlay: Tree) -> Tree:
     merged = dict(base)
     for key, value in overlay.items():
         old = merged.get(key)
-        if isinstance(old, dict) and isinstance(value, dict) and not _changes_choice(old, value):
-            merged[key] = merge(old, value)
+        if isinstance(old, str) and isinstance(value, dict):
+            old = {CHOICE_KEYS[key == "data"]: old}
+        if isinstance(old, dict) and isinstance(value, dict):
+            merged[key] = merge(_kept(old, value), value)
         elif (
             isinstance(old, dict) and isinstance(value, str) and value in map(old.get, CHOICE_KEYS)
         ):
@@ -98,12 +101,20 @@ def _with_defaults(tree: Tree) -> Tree:
         return tree  # an override may complete it; the merged tree is validated in any case
 
 
-def _changes_choice(old: Tree, new: Tree) -> bool:
-    return any(key in new and key in old and new[key] != old[key] for key in CHOICE_KEYS)
+def _kept(old: Tree, new: Tree) -> Tree:
+    """What of `old` still means something under `new`: nothing after a change of kind, what all
+    corpora share after a change of source."""
+    changed = [key for key in CHOICE_KEYS if key in new and key in old and new[key] != old[key]]
+    if not changed:
+        return old
+    return {
+        key: old[key] for key in CorpusConfig.model_fields if key in old and "source" in changed
+    }
 
 
 def _read_layers(name_or_file: str, seen: tuple[str, ...]) -> Tree:
-    if name_or_file in seen:
+    own = str(Path(name_or_file).resolve()) if Path(name_or_file).is_file() else name_or_file
+    if own in seen:
         raise ConfigError(f"recipe {name_or_file!r} extends itself: {' -> '.join(seen)}")
     tree = _read_yaml(name_or_file)
     parent = tree.pop("extends", None)
@@ -111,7 +122,7 @@ def _read_layers(name_or_file: str, seen: tuple[str, ...]) -> Tree:
         return tree
     sibling = Path(name_or_file).parent / str(parent)
     found = str(sibling) if sibling.suffix and sibling.is_file() else str(parent)
-    return merge(_read_layers(found, (*seen, name_or_file)), tree)
+    return merge(_with_defaults(_read_layers(found, (*seen, own))), tree)
 
 
 def _read_yaml(name_or_file: str) -> Tree:
@@ -147,6 +158,7 @@ def _explain(error: ValidationError) -> str:
         where = ".".join(path) or "recipe"
         if item["type"] == "extra_forbidden":
             known = sorted({name for owner in owners for name in owner.model_fields})
+            where = where if where.isprintable() else repr(where)
             lines.append(f"unknown key {where}{_nearest(path[-1], known)}")
         elif item["type"] == "missing":
             lines.append(f"{where} is required")
@@ -175,7 +187,7 @@ def _locate(loc: tuple[int | str, ...]) -> tuple[list[str], list[type[BaseModel]
     for depth, key in enumerate(loc):
         fields = [owner.model_fields[str(key)] for owner in owners if key in owner.model_fields]
         tagged = [owner for owner in owners if _has_tag(owner, key)]
-        if not fields and tagged and len(owners) >= 1 and depth < len(loc) - 1:
+        if tagged and not fields:
             owners = tagged
             continue
         path.append(str(key))

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import lzma
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +15,11 @@ import zstandard
 from sra_ds.data.documents import Document
 from sra_ds.errors import DataError
 
-OPENERS: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open, ".zst": zstandard.open}
-FORMATS = {".txt", ".text", ".jsonl", ".parquet", ".tokens", ".raw", ".md"}
+TEXT_FORMATS = {".txt", ".text", ".md", ".tokens", ".raw", ".jsonl"}
+COMPRESSED = {".xz", ".gz", ".zst"}
 PLAIN_TEXT_DOCUMENT = 20_000
+LONGEST_DOCUMENT = 5 * PLAIN_TEXT_DOCUMENT
+READ_BYTES = 2**20
 
 
 def list_files(paths: tuple[Path, ...]) -> list[Path]:
@@ -24,16 +27,18 @@ def list_files(paths: tuple[Path, ...]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found = sorted(f for f in path.rglob("*") if f.is_file() and _format(f) in FORMATS)
+            found = sorted(f for f in path.rglob("*") if f.is_file() and _format(f))
             if not found:
                 raise DataError(f"{path}: no readable file; supported: {_supported()}")
             files += found
-        elif path.is_file():
-            if _format(path) not in FORMATS:
-                raise DataError(f"{path}: unknown format; supported: {_supported()}")
-            files.append(path)
-        else:
+        elif not path.is_file():
             raise DataError(f"{path}: no such file or folder")
+        elif not _format(path):
+            raise DataError(f"{path}: unknown format; supported: {_supported()}")
+        elif not path.stat().st_size:
+            raise DataError(f"{path} is empty")
+        else:
+            files.append(path)
     return files
 
 
@@ -41,61 +46,122 @@ def read_documents(path: Path, field: str) -> Iterator[Document]:
     """Documents of one file.
 
     A .jsonl line or .parquet row is a document (a `domain` key labels it); other files are plain text,
-    cut at blank lines into documents of at least 20,000 characters. Raises `DataError` naming the file
-    for what is not UTF-8, not JSON, truncated or without the field.
+    cut at the first blank line after 20,000 characters, or the first line end after 100,000. Raises
+    `DataError` naming the file for what is not UTF-8, not JSON, truncated or without the field.
     """
     label = path.name.split(".")[0]
-    try:
+    with naming(path):
         if _format(path) == ".parquet":
-            records: Iterator[dict[str, object]] = _parquet_rows(path)
+            yield from _records(path, _parquet_rows(path), field, label)
         elif _format(path) == ".jsonl":
-            records = _json_lines(path)
+            yield from _records(path, _json_lines(path), field, label)
         else:
             for text in _plain_text(path):
                 yield Document(text, label, len(text.split()))
-            return
-        for number, record in enumerate(records, 1):
-            content = record.get(field)
-            if not isinstance(content, str):
-                raise DataError(f"{path}: record {number} has no text in {field!r}; set data.field")
-            if content.strip():
-                yield Document(content, str(record.get("domain", label)), len(content.split()))
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Failures of decoding or decompressing become a `DataError` with the file's name."""
+    try:
+        yield
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 ({error.reason}); convert it first") from None
-    except (OSError, EOFError, lzma.LZMAError, zstandard.ZstdError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError) as error:
         raise DataError(f"{path}: cannot be read to its end ({error})") from None
 
 
 @contextmanager
 def open_text(path: Path) -> Iterator[IO[str]]:
     """Strict UTF-8 text of a plain or compressed file, line ends kept."""
-    opener = OPENERS.get(path.suffix, Path.open)
+    opener: Any = OPENERS.get(path.suffix, Path.open)
     with opener(path, "rb") as stream, io.TextIOWrapper(stream, "utf-8", newline="\n") as text:
         yield text
 
 
+class ZstandardReader(io.RawIOBase):
+    """A .zst file as a stream that notices when it ends early; zstandard's own reader does not."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb")
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._begun = False
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer; 0 at the end of the last whole frame."""
+        while not self._ready:
+            if self._frame.eof:
+                rest = self._frame.unused_data or self._file.read(READ_BYTES)
+                if not rest:
+                    return 0
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+            else:
+                rest = self._file.read(READ_BYTES)
+                if not rest:
+                    raise EOFError("the compressed stream is cut off")
+            self._ready = self._frame.decompress(rest)
+        size = min(len(buffer), len(self._ready))
+        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
+        return size
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _open_zstandard(path: Path, mode: str) -> io.BufferedReader:
+    del mode
+    return io.BufferedReader(ZstandardReader(path), READ_BYTES)
+
+
+OPENERS: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open, ".zst": _open_zstandard}
+
+
 def _format(path: Path) -> str:
-    suffixes = [suffix for suffix in path.suffixes if suffix not in OPENERS]
-    return suffixes[-1] if suffixes else ""
+    """The file's format by its name, without compression; empty if it cannot be read."""
+    if path.suffix == ".parquet":
+        return ".parquet"
+    suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSED]
+    return suffixes[-1] if suffixes and suffixes[-1] in TEXT_FORMATS else ""
 
 
 def _supported() -> str:
-    return f"{', '.join(sorted(FORMATS))}, each also with {', '.join(sorted(OPENERS))}"
+    text = ", ".join(sorted(TEXT_FORMATS))
+    return f"{text}, each also with {', '.join(sorted(COMPRESSED))}, and .parquet"
 
 
 def _plain_text(path: Path) -> Iterator[str]:
     lines: list[str] = []
     size = 0
     with open_text(path) as stream:
-        for line in stream:
+        while line := stream.readline(PLAIN_TEXT_DOCUMENT):
             lines.append(line)
             size += len(line)
-            if size >= PLAIN_TEXT_DOCUMENT and not line.strip():
+            if size >= (LONGEST_DOCUMENT if line.strip() else PLAIN_TEXT_DOCUMENT):
                 yield "".join(lines)
                 lines, size = [], 0
     rest = "".join(lines)
     if rest.strip():
         yield rest
+
+
+def _records(
+    path: Path, records: Iterator[dict[str, object]], field: str, label: str
+) -> Iterator[Document]:
+    for number, record in enumerate(records, 1):
+        text = record.get(field)
+        if not isinstance(text, str):
+            raise DataError(f"{path}: record {number} has no text in {field!r}; set data.field")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"{path}: record {number} holds half a surrogate pair") from None
+        if text.strip():
+            yield Document(text, str(record.get("domain") or label), len(text.split()))
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, object]]:
@@ -105,8 +171,8 @@ def _json_lines(path: Path) -> Iterator[dict[str, object]]:
                 continue
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}: line {number} is not JSON ({error.msg})") from None
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise DataError(f"{path}: line {number} is not JSON ({error})") from None
             if not isinstance(record, dict):
                 raise DataError(f"{path}: line {number} is not a JSON object")
             yield record
@@ -119,5 +185,6 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, object]]:
     try:
         for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
             yield from batch.to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path}: not a readable parquet file ({error})") from None
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path}: not a readable parquet file ({reason})") from None

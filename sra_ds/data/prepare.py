@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,7 +74,9 @@ def _exclusive(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            tqdm.write(f"waiting for another process that prepares {path.with_suffix('')}")
+            tqdm.write(
+                f"waiting for another process that prepares {path.with_suffix('')}", file=sys.stderr
+            )
             fcntl.flock(stream, fcntl.LOCK_EX)
         yield
 

@@ -23,6 +23,7 @@ from sra_ds.errors import DataError
 
 SCHEMA_VERSION = 1
 SHARD_TOKENS = 2**26
+MANIFEST_KEYS = {"schema_version", "tokenizer", "dtype", "splits", "domains", "fingerprint"}
 DOCUMENT = np.dtype([("start", "<i8"), ("words", "<i8"), ("bytes", "<i8"), ("domain", "<u2")])
 
 
@@ -180,9 +181,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         raise DataError(f"{path}: no readable manifest; run tools/prepare_data.py") from None
-    if manifest.get("schema_version") != SCHEMA_VERSION:
+    if not isinstance(manifest, dict) or not MANIFEST_KEYS.issubset(manifest):
+        raise DataError(f"{path}: not a corpus manifest; delete the folder and prepare it again")
+    if manifest["schema_version"] != SCHEMA_VERSION:
         raise DataError(
-            f"{path}: schema version {manifest.get('schema_version')}, this program reads "
+            f"{path}: schema version {manifest['schema_version']}, this program reads "
             f"{SCHEMA_VERSION}; delete the folder and run tools/prepare_data.py"
         )
     return manifest

@@ -14,7 +14,7 @@ from sra_ds.config.data import (
 )
 from sra_ds.data.docstrings import DocstringSource
 from sra_ds.data.documents import Document, Source, split_by_hash
-from sra_ds.data.files import list_files, open_text, read_documents
+from sra_ds.data.files import list_files, naming, open_text, read_documents
 from sra_ds.errors import DataError
 
 ARTICLE_TITLE = re.compile(r"^ = [^=].* = $")
@@ -37,16 +37,12 @@ class TextSource:
     def documents(self, split: str) -> Iterator[Document]:
         """Documents of the files named for the split, or those its hash share takes of `train`."""
         config = self.config
-        named = {"train": config.train, "valid": config.valid, "test": config.test}[split]
-        if split == "train" or config.valid:
-            for path in list_files(named):
-                for document in read_documents(path, config.field):
-                    if config.valid or split_by_hash(document.text, config.held_out) == "train":
-                        yield document
-            return
-        for path in list_files(config.train):
+        named = {"train": config.train, "valid": config.valid, "test": config.test}
+        lacking = {name for name in ("valid", "test") if not named[name]}
+        own = "train" if split in lacking else split
+        for path in list_files(named[own]):
             for document in read_documents(path, config.field):
-                if split_by_hash(document.text, config.held_out) == split:
+                if own != "train" or split == held_out_split(document.text, config, lacking):
                     yield document
 
 
@@ -72,11 +68,8 @@ class WikitextSource:
             yield from articles(f"{row['text'].rstrip(chr(10))}\n" for row in rows)
             return
         path = self._file(self.config.path, split)
-        try:
-            with open_text(path) as lines:
-                yield from articles(lines)
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8 ({error.reason})") from None
+        with naming(path), open_text(path) as lines:
+            yield from articles(lines)
 
     def _hub_name(self) -> str:
         return f"{self.config.source}-raw-v1" if self.config.raw else f"{self.config.source}-v1"
@@ -113,8 +106,7 @@ class HubSource:
                 raise DataError(
                     f"{config.dataset}: rows have no text in {config.field!r}; set data.field"
                 )
-            share = split_by_hash(text, config.held_out)
-            if own == "train" and (share if share in lacking else "train") != split:
+            if own == "train" and split != held_out_split(text, config, lacking):
                 continue
             if text.strip():
                 yield Document(text, config.dataset, len(text.split()))
@@ -134,11 +126,19 @@ def open_source(config: CorpusConfig, progress: bool = True) -> Source:
     return source
 
 
+def held_out_split(text: str, config: TextConfig | HubConfig, lacking: set[str]) -> str:
+    """Split of a training document: the hash share goes to the splits that have no text of their own."""
+    share = split_by_hash(text, config.held_out)
+    return share if share in lacking else "train"
+
+
 def articles(lines: Iterable[str]) -> Iterator[Document]:
-    """Cut WikiText lines into articles at their ` = Title = ` lines; nothing is dropped."""
+    """Cut WikiText lines into articles at their ` = Title = ` lines, which follow a blank line (some
+    equations look like titles); nothing is dropped."""
     article: list[str] = []
     for line in lines:
-        if ARTICLE_TITLE.match(line.rstrip("\n")) and any(kept.strip() for kept in article):
+        after_blank = not article or not article[-1].strip()
+        if after_blank and ARTICLE_TITLE.match(line.rstrip("\n")) and "".join(article).strip():
             yield _article(article)
             article = []
         article.append(line)

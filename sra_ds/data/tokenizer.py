@@ -27,8 +27,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
-    """Read a `tokenizer.json`; raises `DataError` if it is none, lacks the end-of-text token, needs
-    more than `vocab_size` rows or does not give back the text it was given."""
+    """Read a `tokenizer.json`; raises `DataError` if it is none, lacks the end-of-text token, has ids
+    beyond `vocab_size` or does not give back the text it was given."""
     if not path.is_file():
         raise DataError(f"tokenizer {path} does not exist")
     try:
@@ -37,18 +37,29 @@ def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
         raise DataError(f"tokenizer {path} is not a tokenizer.json ({error})") from None
     if tokenizer.token_to_id(END_OF_TEXT) is None:
         raise DataError(f"tokenizer {path} has no {END_OF_TEXT} token")
-    if tokenizer.get_vocab_size() > vocab_size:
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    if largest >= vocab_size:
         raise DataError(
-            f"tokenizer {path} has {tokenizer.get_vocab_size()} entries, "
-            f"data.tokenizer.vocab_size is {vocab_size}"
+            f"tokenizer {path} has ids up to {largest}, data.tokenizer.vocab_size is {vocab_size}"
         )
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     _as_plain_text(tokenizer)
-    probe = "Trains 1,024 experts — naïve?\n\n\tYes."
-    if tokenizer.decode(tokenizer.encode(probe).ids) != probe:
+    if not _is_invertible(tokenizer):
         raise DataError(
             f"tokenizer {path} loses text: decode(encode(s)) != s; use a byte-level one"
         )
     return tokenizer
+
+
+def _is_invertible(tokenizer: Tokenizer) -> bool:
+    probe = "Trains 1,024 experts — naïve, cafe\u0301?\n\n\tYes. \U0001f642"
+    try:
+        ids = tokenizer.encode(probe).ids
+        text: str = tokenizer.decode(ids, skip_special_tokens=False)
+    except Exception:  # the library raises bare Exception, for text it has no token for
+        return False
+    return text == probe
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:

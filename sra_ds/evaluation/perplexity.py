@@ -40,9 +40,9 @@ class Perplexity(NamedTuple):
     def summary(self) -> dict[str, float | int]:
         """The figures people quote."""
         return {
-            "token_perplexity": math.exp(self.nll / self.tokens),
-            "word_perplexity": math.exp(min(self.nll / max(self.words, 1), 700.0)),
-            "byte_perplexity": math.exp(self.nll / max(self.bytes, 1)),
+            "token_perplexity": _exp(self.nll / self.tokens),
+            "word_perplexity": _exp(self.nll / max(self.words, 1)),
+            "byte_perplexity": _exp(self.nll / max(self.bytes, 1)),
             "bits_per_byte": self.nll / (max(self.bytes, 1) * math.log(2)),
             "accuracy": self.correct / self.tokens,
             "nll_per_token": self.nll / self.tokens,
@@ -51,6 +51,11 @@ class Perplexity(NamedTuple):
             "words": self.words,
             "bytes": self.bytes,
         }
+
+
+def _exp(nats: float) -> float:
+    """exp, infinite where a float has no room for it."""
+    return math.exp(nats) if nats < 709 else math.inf
 
 
 class Setting(NamedTuple):

@@ -5,6 +5,7 @@ Plain `python`, `torchrun` and the `deepspeed` launcher all come through here.
 
 import ctypes
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -20,7 +21,6 @@ SINGLE_PROCESS = {
     "LOCAL_RANK": "0",
     "LOCAL_WORLD_SIZE": "1",
     "MASTER_ADDR": "127.0.0.1",
-    "MASTER_PORT": "29573",
 }
 LOCK_GRACE_SECONDS = 30
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -32,7 +32,7 @@ def prepare_process() -> None:
     Raises `BackendUnavailable` for a build lock that a killed compilation left behind.
     """
     if "RANK" not in os.environ:
-        os.environ.update({k: v for k, v in SINGLE_PROCESS.items() if k not in os.environ})
+        os.environ.update({**SINGLE_PROCESS, "MASTER_PORT": str(_free_port()), **os.environ})
     if "TORCH_EXTENSIONS_DIR" not in os.environ and sys.prefix != sys.base_prefix:
         os.environ["TORCH_EXTENSIONS_DIR"] = str(Path(sys.prefix) / "torch_extensions")
     if not torch.cuda.is_available():
@@ -68,6 +68,13 @@ def refuse_stale_build_locks() -> None:
                 f"{lock} was left by a compilation that was killed; nothing builds there now: "
                 f"delete it and start again (rm '{lock}')"
             )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def _being_built(folder: Path) -> bool:

@@ -65,9 +65,7 @@ BAD_OVERRIDES = {
         "data.source: got 'web', allowed: 'docstrings', 'text', 'wikitext-103', 'wikitext-2', 'hub'"
     ),
     "training.optimizer=adam": ("training.optimizer.kind: got 'adam', allowed: 'adamw', 'sgd'"),
-    "model.channel.shared_expert.hidden=8": (
-        "model.channel.shared_expert.kind is required to say which choice the other keys belong to"
-    ),
+    "losses.dispersion.weight=1": "unknown key losses.dispersion.weight (known: kind)",
     # missing
     "data.source=text": "data.train is required",
     "model.channel.kind=dense": "model.channel.feed_forward is required",
@@ -194,6 +192,15 @@ def test_recipe_that_is_not_utf8_is_refused(tmp_path):
 def test_missing_parts_are_all_named(write_recipe):
     path = write_recipe("bare.yaml", "name: bare\n")
     assert message_of(path, []) == "data is required; model is required; training is required"
+
+
+def test_choice_without_its_kind_is_refused(write_recipe):
+    path = write_recipe("bare.yaml", "name: bare\ndata: {}\nlosses: {balance: {weight: 1}}\n")
+    assert message_of(path, []) == (
+        "data.source is required to say which choice the other keys belong to; model is required; "
+        "losses.balance.kind is required to say which choice the other keys belong to; "
+        "training is required"
+    )
 
 
 def test_recipe_that_extends_itself_is_refused(write_recipe):

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from sra_ds.config import Recipe, dump_recipe, load_recipe, named_recipes
@@ -41,6 +41,7 @@ def test_dump_reads_back_equal(tiny, write_recipe, overrides):
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))
+@example("\x85")
 @settings(
     max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -103,6 +104,27 @@ def test_child_reaches_into_a_part_its_parent_named_by_kind_alone(write_recipe, 
         "child.yaml", "extends: parent.yaml\nmodel: {channel: {router: {bias: true}}}\n"
     )
     assert load_recipe(child).model.channel.router == LinearRouterConfig(bias=True)
+
+
+def test_child_keeps_the_kind_its_parent_named_by_name_alone(write_recipe, tiny):
+    write_recipe("parent.yaml", "extends: tiny.yaml\ntraining: {optimizer: sgd}\n")
+    child = write_recipe(
+        "child.yaml", "extends: parent.yaml\ntraining: {optimizer: {learning_rate: 0.5}}\n"
+    )
+    assert load_recipe(child).training.optimizer == SgdConfig(learning_rate=0.5)
+
+
+def test_child_replaces_a_part_whose_usual_kind_its_parent_left_out(write_recipe, tiny):
+    write_recipe("parent.yaml", "extends: tiny.yaml\ntraining: {optimizer: {betas: [0.9, 0.99]}}\n")
+    child = write_recipe("child.yaml", "extends: parent.yaml\ntraining: {optimizer: {kind: sgd}}\n")
+    assert load_recipe(child).training.optimizer == SgdConfig()
+
+
+def test_usual_kind_may_be_left_out(tiny):
+    overrides = ["model.channel.shared_expert={hidden: 8}", "training.optimizer.eps=1e-6"]
+    recipe = load_recipe(tiny, overrides)
+    assert recipe.model.channel.shared_expert == GeluConfig(hidden=8)
+    assert recipe.training.optimizer == AdamWConfig(eps=1e-6)
 
 
 def test_overrides_reach_defaults_the_recipe_left_out(tiny):

@@ -91,5 +91,7 @@ def test_t12_flops_are_six_per_active_weight_and_half_the_attention_square(
 
 
 def test_building_on_meta_allocates_nothing(tiny_recipe: Builder) -> None:
-    model = build_model(tiny_recipe("moe-cosine", {"model": {"width": 65_536, "layers": 1}}), "meta")
+    model = build_model(
+        tiny_recipe("moe-cosine", {"model": {"width": 65_536, "layers": 1}}), "meta"
+    )
     assert {p.device.type for p in model.parameters()} == {"meta"}

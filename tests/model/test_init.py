@@ -120,7 +120,9 @@ def test_standard_deviations(tiny_recipe: Builder, layers: int, expert: str) -> 
             assert abs(float(value.mean())) < 5 * expected / value.numel() ** 0.5, name
 
 
-@pytest.mark.parametrize("router", [{"kind": "cosine"}, {"kind": "random"}], ids=["cosine", "random"])
+@pytest.mark.parametrize(
+    "router", [{"kind": "cosine"}, {"kind": "random"}], ids=["cosine", "random"]
+)
 def test_anchors_are_orthonormal(tiny_recipe: Builder, router: dict[str, Any]) -> None:
     for experts in (8, 32, 48):
         channel = {"experts": experts, "router": router}

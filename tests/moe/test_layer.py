@@ -35,7 +35,9 @@ ROUTERS: list[dict[str, Any]] = [
 ]
 
 experts_of = pytest.mark.parametrize("expert", [GELU, SWIGLU], ids=["gelu", "swiglu"])
-shared_with = pytest.mark.parametrize("shared", [None, GELU, SWIGLU], ids=["alone", "gelu", "swiglu"])
+shared_with = pytest.mark.parametrize(
+    "shared", [None, GELU, SWIGLU], ids=["alone", "gelu", "swiglu"]
+)
 routers = pytest.mark.parametrize("router", ROUTERS, ids=lambda r: "-".join(r.values()))
 
 
@@ -112,7 +114,9 @@ def test_layer_equals_the_loop_at_awkward_sizes(
 
 
 @experts_of
-@pytest.mark.parametrize(("favour", "full"), [(1e6, 63), (-1e6, 0)], ids=["all_on_one", "one_empty"])
+@pytest.mark.parametrize(
+    ("favour", "full"), [(1e6, 63), (-1e6, 0)], ids=["all_on_one", "one_empty"]
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_layer_equals_the_loop_under_extreme_load(
     expert: dict[str, Any], favour: float, full: int, dtype: torch.dtype

@@ -72,7 +72,9 @@ def weighted_sum(routing: Routing | LoopRouting, weights: list[Tensor]) -> Tenso
 
 
 scoring = pytest.mark.parametrize("config", SCORING, ids=name)
-one_of_each = pytest.mark.parametrize("config", [COSINE[7], COSINE[10], LINEAR[4], RANDOM[1]], ids=name)
+one_of_each = pytest.mark.parametrize(
+    "config", [COSINE[7], COSINE[10], LINEAR[4], RANDOM[1]], ids=name
+)
 
 
 @scoring
@@ -120,7 +122,9 @@ def test_hash_router_equals_the_loop(top_k: int) -> None:
     counted = torch.tensor(ids)[valid_T].flatten()
     assert torch.equal(routing.load_E.long(), torch.bincount(counted, minlength=EXPERTS))
     near = {"rtol": 1e-12, "atol": 1e-12}
-    torch.testing.assert_close(routing.mean_probs_E, torch.full((EXPERTS,), 0.2, dtype=torch.float64), **near)
+    torch.testing.assert_close(
+        routing.mean_probs_E, torch.full((EXPERTS,), 0.2, dtype=torch.float64), **near
+    )
     torch.testing.assert_close(routing.lse_T, valid_T.double() * math.log(EXPERTS), **near)
     assert routing.valid_count == valid_T.sum()
 

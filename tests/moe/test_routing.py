@@ -41,9 +41,10 @@ def test_everything_and_its_gradient_equal_the_loop(
         mine, theirs = getattr(routing, name), getattr(expected, name)
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
         weights = torch.randn_like(theirs)
-        total, expected_total = total + (mine * weights).sum(), expected_total + (
-            theirs * weights
-        ).sum()
+        total, expected_total = (
+            total + (mine * weights).sum(),
+            expected_total + (theirs * weights).sum(),
+        )
     total.backward()
     expected_total.backward()
     torch.testing.assert_close(scores_TE.grad, loop_scores_TE.grad, rtol=1e-10, atol=1e-12)

@@ -5,7 +5,12 @@ import torch
 from references import leaves
 from torch import Tensor
 
-from sra_ds.ops.grouped_linear import grouped_linear, grouped_linear_reference
+from sra_ds.ops.grouped_linear import (
+    grouped_linear,
+    grouped_linear_reference,
+    grouped_outer,
+    grouped_rows,
+)
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -89,3 +94,22 @@ def test_bf16_is_finite_and_near(rows: int, load: str) -> None:
     torch.testing.assert_close(y_RO.double(), exact_RO, rtol=2**-6, atol=2**-6)
     y_RO.backward(torch.randn_like(y_RO))
     assert all(tensor.grad is not None and tensor.grad.isfinite().all() for tensor in tensors)
+
+
+@loads
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_operators_keep_the_contract_of_torch(load: str, dtype: torch.dtype) -> None:
+    _, offsets_E = groups_of_rows(63, load)
+    x_RI, weight_EIO, _ = leaves(*inputs(63, dtype))
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    torch.library.opcheck(grouped_rows, (x_RI, weight_EIO, offsets_E), test_utils=tests)
+    y_RO = torch.randn(63, WIDTH_OUT, dtype=dtype)
+    torch.library.opcheck(grouped_outer, (x_RI.detach(), y_RO, offsets_E), test_utils=tests)
+
+
+def test_numerical_gradients() -> None:
+    group_R, offsets_E = groups_of_rows(7, "mixed")
+    tensors = leaves(*inputs(7, torch.float64))
+    assert torch.autograd.gradcheck(
+        lambda x, weight, bias: grouped_linear(x, weight, bias, offsets_E, group_R), tuple(tensors)
+    )

@@ -1,0 +1,79 @@
+"""One owner per knob between recipe and DeepSpeed JSON."""
+
+import json
+
+import pytest
+import torch
+from runs import RECIPE, ROOT
+
+from sra_ds.config.loading import validate
+from sra_ds.errors import ConfigError
+from sra_ds.training.ds_config import merge_ds_config, plan_batches, read_ds_config
+
+
+@pytest.fixture
+def recipe():
+    tree = json.loads(json.dumps(RECIPE))
+    tree["data"]["train"] = ["text.jsonl"]
+    return validate(tree)
+
+
+def merged(recipe, ds_config, dtype=torch.float32):
+    return merge_ds_config(ds_config, recipe, plan_batches(recipe, 1), dtype, "my.json")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda p: p.stem)
+def test_shipped_configurations_own_no_knob_of_the_recipe(recipe, path):
+    result = merged(recipe, read_ds_config(path))
+    assert result["train_batch_size"] == recipe.training.batch_size
+    assert result["gradient_clipping"] == recipe.training.gradient_clipping
+
+
+def test_clipping_is_written_even_when_it_is_off(recipe):
+    """DeepSpeed's own default is 1.0."""
+    off = recipe.model_copy(
+        update={"training": recipe.training.model_copy(update={"gradient_clipping": 0.0})}
+    )
+    assert merged(off, {})["gradient_clipping"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        ({"train_batch_size": 64}, "training.batch_size"),
+        ({"gradient_clipping": 5.0}, "training.gradient_clipping"),
+        ({"bf16": {"enabled": True}}, "training.precision"),
+        ({"optimizer": {"type": "Adam"}}, "training.optimizer"),
+        ({"scheduler": {"type": "WarmupLR"}}, "training.schedule"),
+        ({"fp16": {"enabled": True}}, "training.precision"),
+    ],
+)
+def test_a_contradiction_names_both_places(recipe, extra, named):
+    with pytest.raises(ConfigError) as caught:
+        merged(recipe, extra)
+    assert "my.json" in str(caught.value) and named in str(caught.value)
+
+
+def test_auto_and_equal_values_are_no_contradiction(recipe):
+    assert merged(recipe, {"train_batch_size": "auto", "gradient_clipping": 1.0})
+
+
+def test_bf16_at_stage_0_is_refused_with_the_reason(recipe):
+    with pytest.raises(ConfigError, match="master weights"):
+        merged(recipe, {"zero_optimization": {"stage": 0}}, torch.bfloat16)
+    assert merged(recipe, {"zero_optimization": {"stage": 1}}, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("batch", "micro", "world"), [(9, 0, 2), (8, 3, 1), (8, 8, 2)])
+def test_batches_that_do_not_divide_are_refused(recipe, batch, micro, world):
+    training = recipe.training.model_copy(update={"batch_size": batch, "micro_batch_size": micro})
+    with pytest.raises(ConfigError, match="not divisible"):
+        plan_batches(recipe.model_copy(update={"training": training}), world)
+
+
+@pytest.mark.parametrize(("text", "says"), [("{", "not valid JSON"), ("[]", "a JSON object")])
+def test_a_bad_json_is_named(tmp_path, text, says):
+    path = tmp_path / "bad.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        read_ds_config(path)

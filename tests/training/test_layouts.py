@@ -1,0 +1,72 @@
+"""What a run computes does not depend on the ZeRO stage, the processes or the micro-batch."""
+
+import json
+
+import pytest
+from runs import launch, losses, train
+
+SGD = ("training.optimizer.kind=sgd", "training.optimizer.learning_rate=0.02", "training.steps=6")
+SHORT = ("evaluation.every=0", "checkpoint.every=0")
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_stages_train_alike(finished, stage):
+    assert losses(finished(stage)) == pytest.approx(losses(finished(0)), abs=2e-6)
+
+
+@pytest.fixture(scope="module")
+def one_process(tiny):
+    run = tiny / "one-process"
+    assert train("--recipe", tiny / "tiny.yaml", "--run", run, *SGD, *SHORT).returncode == 0
+    return run
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_two_processes_equal_one_with_auxiliary_losses(tiny, one_process, tmp_path, stage):
+    """SGD, since Adam hides gradients of the wrong scale; 1e-5 is float32 rounding over six steps."""
+    run = tmp_path / "two"
+    result = launch(2, "--recipe", tiny / "tiny.yaml", "--run", run, *SGD, *SHORT, stage=stage)
+    assert result.returncode == 0, result.stderr
+    assert losses(run) == pytest.approx(losses(one_process), abs=1e-5)
+    ours, theirs = (
+        json.loads((r / "summary.json").read_text())["validation"] for r in (run, one_process)
+    )
+    assert ours["tokens"] == theirs["tokens"]
+    assert ours["nll_per_token"] == pytest.approx(theirs["nll_per_token"], abs=1e-5)
+
+
+def test_accumulation_changes_nothing_but_per_batch_statistics(tiny, tmp_path):
+    """Without balance loss, whose statistics are per micro-batch, four micro-batches equal one."""
+    runs = []
+    for micro in (8, 2):
+        runs.append(tmp_path / f"micro{micro}")
+        arguments = (*SGD, *SHORT, "losses.balance=none", f"training.micro_batch_size={micro}")
+        result = train("--recipe", tiny / "tiny.yaml", "--run", runs[-1], *arguments)
+        assert result.returncode == 0, result.stderr
+    assert losses(runs[1]) == pytest.approx(losses(runs[0]), abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_activation_checkpointing_changes_no_loss(tiny, finished, tmp_path, stage):
+    arguments = ("training.top_k_schedule=[[0,1],[0.5,2]]", "training.selection_bias_rate=0.01")
+    run = tmp_path / "run"
+    result = train(
+        "--recipe",
+        tiny / "tiny.yaml",
+        "--run",
+        run,
+        *arguments,
+        "training.activation_checkpointing=true",
+        stage=stage,
+    )
+    assert result.returncode == 0, result.stderr
+    assert losses(run) == pytest.approx(losses(finished(stage)), abs=2e-6)
+
+
+def test_bf16_follows_fp32_at_stage_2(tiny, finished, tmp_path):
+    run = tmp_path / "bf16"
+    arguments = ("training.top_k_schedule=[[0,1],[0.5,2]]", "training.precision=bf16", *SHORT)
+    result = train("--recipe", tiny / "tiny.yaml", "--run", run, *arguments, stage=2)
+    assert result.returncode == 0, result.stderr
+    assert losses(run) == pytest.approx(losses(finished(0)), abs=0.05)
+    assert losses(run)[-1] < losses(run)[0]
