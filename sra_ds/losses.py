@@ -113,6 +113,8 @@ BALANCE_LOSSES: dict[type[Any], Callable[..., Tensor]] = {
 
 def dispersion_loss(gram_EE: Tensor, config: DispersionConfig) -> Tensor:
     """How far anchors are from lying apart, from their cosine matrix."""
+    if len(gram_EE) == 1:
+        return gram_EE.sum() * 0.0  # one anchor has nothing to lie apart from
     loss: Tensor = DISPERSION_LOSSES[type(config)](_off_diagonal(gram_EE), config)
     return loss
 

@@ -1,6 +1,7 @@
 """Plain-loop definitions that the tests compare with, and how tests compare.
 
-Nothing here calls the code under test, apart from the one-expert networks that define the stacked ones.
+Nothing here calls the code under test, apart from the one-expert networks that define the stacked
+ones.
 Letters: T tokens, E experts, K experts per token, D width.
 """
 
@@ -134,8 +135,8 @@ def unstack(stacked: GroupedExperts, config: FeedForwardConfig, width: int) -> l
 
 
 def stacked_gradients(networks: list[nn.Module]) -> dict[str, Tensor]:
-    """Gradients of separate networks under the names and shapes of the stacked parameters; zero for a
-    network that was never used."""
+    """Gradients of separate networks under the names and shapes of the stacked parameters; zero for
+    a network that was never used."""
     gradients: dict[str, Tensor] = {}
     for name, _ in networks[0].named_parameters():
         rows = []

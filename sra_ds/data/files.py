@@ -35,8 +35,6 @@ def list_files(paths: tuple[Path, ...]) -> list[Path]:
             raise DataError(f"{path}: no such file or folder")
         elif not _format(path):
             raise DataError(f"{path}: unknown format; supported: {_supported()}")
-        elif not path.stat().st_size:
-            raise DataError(f"{path} is empty")
         else:
             files.append(path)
     return files
@@ -50,14 +48,13 @@ def read_documents(path: Path, field: str) -> Iterator[Document]:
     `DataError` naming the file for what is not UTF-8, not JSON, truncated or without the field.
     """
     label = path.name.split(".")[0]
+    number = 0
     with naming(path):
-        if _format(path) == ".parquet":
-            yield from _records(path, _parquet_rows(path), field, label)
-        elif _format(path) == ".jsonl":
-            yield from _records(path, _json_lines(path), field, label)
-        else:
-            for text in _plain_text(path):
-                yield Document(text, label, len(text.split()))
+        for document in _documents(path, field, label):
+            number += 1
+            yield document
+    if not number:
+        raise DataError(f"{path} has no text")
 
 
 @contextmanager
@@ -147,6 +144,14 @@ def _plain_text(path: Path) -> Iterator[str]:
     rest = "".join(lines)
     if rest.strip():
         yield rest
+
+
+def _documents(path: Path, field: str, label: str) -> Iterator[Document]:
+    if _format(path) == ".parquet":
+        return _records(path, _parquet_rows(path), field, label)
+    if _format(path) == ".jsonl":
+        return _records(path, _json_lines(path), field, label)
+    return (Document(text, label, len(text.split())) for text in _plain_text(path))
 
 
 def _records(

@@ -64,10 +64,10 @@ class ScoringRouter(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ScoringRouter":
         """Casting the model to bf16 leaves the selection bias in float32: its steps are small."""
-        dtype = self.selection_bias_E.dtype
+        bias_E = self.selection_bias_E
         super()._apply(fn, recurse)
-        if self.selection_bias_E.dtype in (torch.bfloat16, torch.float16):
-            self.selection_bias_E = self.selection_bias_E.to(dtype)
+        if self.selection_bias_E.dtype != bias_E.dtype:
+            self.selection_bias_E = bias_E.to(self.selection_bias_E.device)
         return self
 
 
@@ -143,7 +143,8 @@ class HashRouter(nn.Module):
         probs_TE = torch.full(shape, 1 / self.experts, dtype=dtype, device=x_TD.device)
         lse_T = probs_TE.new_full(shape[:1], math.log(self.experts))
         gates_TK = probs_TE.new_full(ids_TK.shape, 1 / self.top_k)
-        routing = Routing(gates_TK, ids_TK, *statistics(probs_TE, ids_TK, lse_T, valid_T))
+        with torch.autocast(x_TD.device.type, enabled=False):
+            routing = Routing(gates_TK, ids_TK, *statistics(probs_TE, ids_TK, lse_T, valid_T))
         return routing._replace(scores_TE=torch.zeros_like(probs_TE) if keep_scores else None)
 
 

@@ -44,10 +44,9 @@ class Routing(NamedTuple):
 
 
 def top_k_lowest_id(scores_TE: Tensor, top_k: int) -> Tensor:
-    """Ids of the k largest scores, ties to the lower id, NaN never chosen while a number is left."""
-    remaining_TE = scores_TE.detach().nan_to_num(
-        nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf
-    )
+    """Ids of the k largest scores: k different ones, ties to the lower id, NaN as low as -inf."""
+    lowest = torch.finfo(scores_TE.dtype).min
+    remaining_TE = scores_TE.detach().nan_to_num(nan=lowest, posinf=torch.inf, neginf=lowest)
     ids = []
     for _ in range(top_k):
         best_T1 = remaining_TE.argmax(-1, keepdim=True)
@@ -64,7 +63,7 @@ def gate_weights(scores_TE: Tensor, lse_T: Tensor, expert_ids_TK: Tensor, form: 
         return chosen_TK.softmax(-1)
     probs_TK = (chosen_TK - lse_T.unsqueeze(-1)).exp()
     if form == "straight_through":
-        return 1.0 + probs_TK - probs_TK.detach()
+        return 1.0 + (probs_TK - probs_TK.detach())  # exactly 1
     return probs_TK if single else probs_TK / (probs_TK.sum(-1, keepdim=True) + GATE_EPS)
 
 

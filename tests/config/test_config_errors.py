@@ -40,7 +40,7 @@ BAD_OVERRIDES = {
     "training.steps=0": "training.steps: Input should be greater than 0 (got 0)",
     "training.steps=": "training.steps: Input should be a valid integer (got None)",
     "training.optimizer.learning_rate=.nan": (
-        "training.optimizer.learning_rate: Input should be greater than 0 (got nan)"
+        "training.optimizer.learning_rate: Input should be a finite number (got nan)"
     ),
     "losses.balance.weight=-1": (
         "losses.balance.weight: Input should be greater than or equal to 0 (got -1)"

@@ -165,9 +165,15 @@ def test_naming_the_kind_a_part_has_already_keeps_its_keys(tiny):
     assert recipe == load_recipe(tiny)
 
 
-def test_override_of_source_replaces_the_data_part(tiny):
-    recipe = load_recipe(tiny, ["data.train=[a.txt]", "data.source=text"])
-    assert recipe.data == TextConfig(train=("a.txt",))
+def test_override_of_source_keeps_what_all_corpora_share(tiny):
+    overrides = ["data.train=[a.txt]", "data.source=text"]
+    recipe, before = load_recipe(tiny, overrides), load_recipe(tiny).data
+    assert recipe.data == TextConfig(
+        train=("a.txt",),
+        tokenizer=before.tokenizer,
+        sequence_length=before.sequence_length,
+        directory=before.directory,
+    )
 
 
 def test_later_override_wins(tiny):

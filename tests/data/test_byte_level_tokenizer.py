@@ -99,7 +99,7 @@ def test_tokenizer_without_the_mark_is_refused(tmp_path):
 def test_too_large_tokenizer_is_refused(trained, tmp_path):
     size = trained.get_vocab_size()
     message = refusal(trained, tmp_path / "t.json", size - 1)
-    assert message.endswith(f"has {size} entries, data.tokenizer.vocab_size is {size - 1}")
+    assert message.endswith(f"ids up to {size - 1}, data.tokenizer.vocab_size is {size - 1}")
 
 
 def test_tokenizer_with_an_id_beyond_the_table_is_refused(trained, tmp_path):

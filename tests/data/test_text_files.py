@@ -62,6 +62,8 @@ def incompressible(size: int) -> bytes:
 @pytest.mark.parametrize("ending", COMPRESS)
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_same_text(tmp_path, texts, form, ending):
+    if form == ".parquet" and ending:
+        pytest.skip("parquet compresses inside; wrapped files are refused by name")
     path = tmp_path / f"corpus{form}{ending}"
     path.write_bytes(COMPRESS[ending](FORMS[form](texts)))
     documents = list(read_documents(path, "text"))
@@ -114,7 +116,7 @@ def test_folder_is_read_in_name_order_with_subfolders(tmp_path):
 
 def test_given_order_of_paths_is_kept(tmp_path):
     first, second = tmp_path / "z.txt", tmp_path / "a.txt"
-    first.touch(), second.touch()
+    first.write_text("z"), second.write_text("a")
     assert list_files((first, second)) == [first, second]
 
 

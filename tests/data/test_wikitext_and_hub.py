@@ -23,6 +23,8 @@ LINES = [
     " Text of the first , with = signs = inside . \n",
     " = = Section = = \n",
     " = = = Deeper = = = \n",
+    " = 1 rad / s = \n",
+    " \n",
     " = Second ( 2nd ) = \n",
     " \n",
     " More text .\n",
@@ -81,8 +83,8 @@ def test_prepared_words_are_the_papers(tmp_path, shared):
 
 def test_articles_begin_at_titles_alone():
     found = list(articles(LINES))
-    assert [d.text for d in found] == ["".join(LINES[:6]), "".join(LINES[6:])]
-    assert [d.words for d in found] == [len("".join(LINES[:6]).split()) + 6, 12]
+    assert [d.text for d in found] == ["".join(LINES[:8]), "".join(LINES[8:])]
+    assert [d.words for d in found] == [len("".join(LINES[:8]).split()) + 8, 12]
 
 
 def test_an_equation_cut_into_lines_is_no_title():

@@ -346,18 +346,33 @@ def test_t11_frozen_parameters_are_left_out(tiny_recipe: Builder, family: str) -
     assert len(owned) == len(list(model.parameters())) - 1
 
 
-def test_recomputation_changes_no_bit_of_a_step(tiny_recipe: Builder, family: str) -> None:
+def test_recomputation_changes_no_bit_of_a_step_and_never_routes_again(
+    tiny_recipe: Builder, family: str
+) -> None:
     model = build_model(tiny_recipe(family)).train()
-    calls = []
+    calls = dict.fromkeys(("router", "mixer", "experts"), 0)
+
+    def count(name: str, module: nn.Module) -> None:
+        def hook(*_: Any) -> None:
+            calls[name] += 1
+
+        module.register_forward_pre_hook(hook)
+
+    for block in model.blocks:
+        count("mixer", block.mixer)
+        dense = family == "dense"
+        count("experts", block.channel.feed_forward if dense else block.channel.moe.backend)
     for router in model.routers():
-        router.register_forward_pre_hook(lambda module, arguments: calls.append(module))
+        count("router", router)
+    layers, routers = len(model.blocks), len(model.routers())
     ids_BT, targets_BT = tokens(), tokens()
     kept = trained(model, ids_BT, targets_BT, None)
+    assert calls == {"router": routers, "mixer": layers, "experts": layers}
     model.recompute = True
     recomputed = trained(model, ids_BT, targets_BT, None)
+    assert calls == {"router": 2 * routers, "mixer": 3 * layers, "experts": 3 * layers}
     assert torch.equal(kept[0].loss_sum, recomputed[0].loss_sum)
     assert all(torch.equal(recomputed[1][name], value) for name, value in kept[1].items())
-    assert len(calls) == 2 * len(model.routers())
 
 
 def test_losses_are_those_of_the_logits(tiny_recipe: Builder, family: str) -> None:

@@ -44,7 +44,7 @@ def name(config: dict[str, Any]) -> str:
 
 
 def router_of(config: dict[str, Any], top_k: int = 2) -> Any:
-    """A float64 router in evaluation mode with random parameters, its temperatures of both signs."""
+    """A float64 router in evaluation mode, random parameters, temperatures of both signs."""
     parsed = TypeAdapter(AnyRouterConfig).validate_python(config)
     router = randomise(build_router(parsed, WIDTH, EXPERTS, top_k)).double().eval()
     if isinstance(getattr(router, "temperature", None), nn.Parameter):

@@ -1,4 +1,4 @@
-"""The defects of the published SRA code (systems.md part C), one test per trap: none may come back."""
+"""The defects of the published SRA code (systems.md part C), trap by trap: none may come back."""
 
 import re
 from collections.abc import Callable
