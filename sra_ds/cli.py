@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from sra_ds.errors import SraError
@@ -34,7 +36,8 @@ def add_recipe(result: argparse.ArgumentParser, default: str | None = "quickstar
 def run(arguments: argparse.Namespace, command: Command, show: Callable[[Any], None]) -> int:
     """Run a tool: its result as JSON or through `show`; errors as one line and their exit code."""
     try:
-        result = command(arguments)
+        with _only_results_on_stdout() if arguments.json else nullcontext():
+            result = command(arguments)
     except SraError as error:
         if arguments.debug:
             raise
@@ -51,6 +54,20 @@ def run(arguments: argparse.Namespace, command: Command, show: Callable[[Any], N
     else:
         show(result)
     return 0
+
+
+@contextmanager
+def _only_results_on_stdout() -> Iterator[None]:
+    """Send what libraries print meanwhile, also from C++, to standard error."""
+    sys.stdout.flush()
+    results = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(results, 1)
+        os.close(results)
 
 
 def show_tree(tree: dict[str, Any], indent: int = 0) -> None:

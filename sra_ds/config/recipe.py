@@ -1,13 +1,19 @@
 """The recipe: everything that decides what a run computes."""
 
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import model_validator
 
 from sra_ds.config.base import Part
 from sra_ds.config.data import DataConfig
-from sra_ds.config.losses import LossesConfig
-from sra_ds.config.model import CosineRouterConfig, ModelConfig, MoEChannelConfig
+from sra_ds.config.losses import LossesConfig, NoTerm
+from sra_ds.config.model import (
+    ChannelConfig,
+    CosineRouterConfig,
+    ModelConfig,
+    MoEChannelConfig,
+    RouterConfig,
+)
 from sra_ds.config.training import (
     CheckpointConfig,
     EvaluationConfig,
@@ -15,6 +21,14 @@ from sra_ds.config.training import (
     ParallelConfig,
     TrainingConfig,
 )
+
+RouterKind = TypeVar("RouterKind")
+
+
+def _router(channel: ChannelConfig, kind: type[RouterKind]) -> RouterKind | None:
+    """The channel's router if it has one of that kind."""
+    router = getattr(channel, "router", None)
+    return router if isinstance(router, kind) else None
 
 
 class Recipe(Part):
@@ -38,8 +52,8 @@ class Recipe(Part):
         routed = isinstance(channel, MoEChannelConfig)
         if training.top_k_schedule and not routed:
             raise ValueError("training.top_k_schedule needs model.channel.kind=moe")
-        if training.selection_bias_rate and not routed:
-            raise ValueError("training.selection_bias_rate needs model.channel.kind=moe")
+        if training.selection_bias_rate and not _router(channel, RouterConfig):
+            raise ValueError("training.selection_bias_rate needs a router with scores")
         if isinstance(channel, MoEChannelConfig) and training.top_k_schedule:
             ks = [int(k) for _, k in training.top_k_schedule]
             if max(ks) > channel.experts or ks[-1] != channel.top_k:
@@ -47,14 +61,25 @@ class Recipe(Part):
                     f"training.top_k_schedule must stay within experts={channel.experts} and end "
                     f"at model.channel.top_k={channel.top_k}, got {ks}"
                 )
-        if training.temperature_schedule and not (
-            isinstance(channel, MoEChannelConfig)
-            and isinstance(channel.router, CosineRouterConfig)
-            and channel.router.temperature == "fixed"
-        ):
+        cosine = _router(channel, CosineRouterConfig)
+        if training.temperature_schedule and not (cosine and cosine.temperature == "fixed"):
             raise ValueError(
                 "training.temperature_schedule needs a cosine router with temperature=fixed"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _losses_have_an_effect(self) -> "Recipe":
+        losses, channel = self.losses, self.model.channel
+        routed = isinstance(channel, MoEChannelConfig)
+        if not routed and (not isinstance(losses.balance, NoTerm) or losses.z_weight):
+            raise ValueError("losses.balance and losses.z_weight need model.channel.kind=moe")
+        if not isinstance(losses.dispersion, NoTerm) and not _router(channel, CosineRouterConfig):
+            raise ValueError("losses.dispersion needs a router with anchors it can move (cosine)")
+        return self
+
+    @model_validator(mode="after")
+    def _windows_fit(self) -> "Recipe":
         stride, length = self.evaluation.stride, self.data.sequence_length
         if stride > length:
             raise ValueError(f"evaluation.stride={stride} exceeds data.sequence_length={length}")

@@ -116,7 +116,7 @@ BAD_COMBINATIONS = {
         "recipe: training.top_k_schedule needs model.channel.kind=moe"
     ),
     (DENSE, "training.selection_bias_rate=0.1"): (
-        "recipe: training.selection_bias_rate needs model.channel.kind=moe"
+        "recipe: training.selection_bias_rate needs a router with scores"
     ),
     ("model.channel.router=linear", "training.temperature_schedule=[[0, 1]]"): (
         "recipe: training.temperature_schedule needs a cosine router with temperature=fixed"

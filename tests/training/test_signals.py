@@ -18,9 +18,10 @@ def running(tiny, tmp_path):
     run = tmp_path / "run"
     log = (tmp_path / "log").open("w")
     config = ROOT / "ds_configs" / "zero2.json"
+    launcher = [BIN / "deepspeed", "--master_port", str(_free_port()), "--num_gpus", "2"]
+    arguments = ["--deepspeed", config, "--recipe", tiny / "tiny.yaml", "--run", run, *ENDLESS]
     process = subprocess.Popen(
-        [BIN / "deepspeed", "--master_port", str(_free_port()), "--num_gpus", "2", TRAIN]
-        + ["--deepspeed", config, "--recipe", tiny / "tiny.yaml", "--run", run, *ENDLESS],
+        [*launcher, TRAIN, *arguments],
         env=environment(),
         stdout=log,
         stderr=subprocess.STDOUT,

@@ -46,7 +46,7 @@ class Attention(nn.Module):
 
 
 def rotary_angles(positions_T: Tensor, channels: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * theta^(-2i/C), float32 (computed in float64), T x C/2."""
+    """cos and sin of position * theta^(-2i/C) in float64, T x C/2."""
     steps = torch.arange(0, channels, 2, dtype=torch.float64, device=positions_T.device)
     angles_TC = positions_T.to(torch.float64)[:, None] * theta ** (-steps / channels)
     return angles_TC.cos(), angles_TC.sin()

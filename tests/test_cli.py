@@ -1,0 +1,202 @@
+"""The real commands, on a real (tiny) run and on bad input."""
+
+import json
+import sys
+
+import pytest
+from runs import BIN, ROOT, call, train, write_corpus, write_recipe
+
+TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
+
+
+def tool(name, *arguments, cwd=None):
+    return call(sys.executable, ROOT / "tools" / f"{name}.py", *arguments, cwd=cwd)
+
+
+def json_of(result):
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A corpus, its recipe and one finished run in `run`."""
+    path = tmp_path_factory.mktemp("cli")
+    write_recipe(path, write_corpus(path / "text.jsonl"))
+    result = train("--recipe", path / "tiny.yaml", "--run", path / "run", "--json", stage=2)
+    assert result.returncode == 0, result.stderr
+    (path / "summary.json").write_text(result.stdout)
+    return path
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_help_explains_every_tool(name):
+    result = tool(name, "--help")
+    assert result.returncode == 0 and "--json" in result.stdout
+
+
+def test_training_prints_one_json_object_and_leaves_a_readable_run(folder):
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary == json.loads((folder / "run" / "summary.json").read_text())
+    assert summary["steps"] == 12 and summary["tokens"] == 12 * 8 * 32
+    assert summary["params"]["total"] > summary["params"]["active"]
+    assert summary["validation"]["coverage"] == 1.0
+    assert len(summary["experts"]["per_layer"]) == 2
+    names = {path.name for path in (folder / "run" / "figures").glob("*.png")}
+    assert {"loss.png", "perplexity.png", "learning_rate.png"} <= names
+    assert {"expert_load.png", "anchor_similarity.png"} <= names
+    assert (folder / "run" / "samples.txt").read_text().startswith(">>> ")
+
+
+def test_dry_run_resolves_everything_and_writes_nothing(folder):
+    run = folder / "never"
+    facts = json_of(
+        train("--recipe", folder / "tiny.yaml", "--run", run, "--dry-run", "--json", stage=2)
+    )
+    assert not run.exists()
+    assert facts["zero_stage"] == 2
+    assert facts["batches"] == {
+        "batch_size": 8, "micro_batch_size": 8, "accumulation": 1, "world_size": 1
+    }  # fmt: skip
+    assert facts["tokens"] == 12 * 8 * 32
+    assert facts["data"]["prepared"] is True
+    assert facts["memory_bytes_per_process"]["total"] > 0
+    assert facts["disk_bytes"]["free"] > 0
+
+
+def test_the_published_counts(tmp_path):
+    counts = json_of(tool("count_active_params", "--recipe", "sra-128e", "--json"))
+    assert round(counts["total"] / 1e6, 1) == 558.5
+    assert round(counts["active"] / 1e6, 1) == 29.0
+    assert round(counts["active_with_anchors"] / 1e6, 1) == 29.3
+    assert round(counts["feed_forward_and_router"] / 1e6, 1) == 8.7
+    assert sum(counts["total_by_part"].values()) == counts["total"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "total", "active"),
+    [("sra-small", 70.5, 5.3), ("dense-small", 5.3, 5.3), ("dense-29m", 29.0, 29.0)],
+)
+def test_counts_of_the_other_named_models(recipe, total, active):
+    counts = json_of(tool("count_active_params", "--recipe", recipe, "--json"))
+    assert round(counts["total"] / 1e6, 1) == total
+    assert round(counts["active"] / 1e6, 1) == active
+
+
+def test_evaluate_gives_the_perplexity_training_ended_with(folder):
+    summary = json.loads((folder / "summary.json").read_text())
+    asked = ("--run", folder / "run", "--checkpoint", "latest", "--json")
+    report = json_of(tool("evaluate", *asked, "--batch-size", 3, "--health-tokens", 3000))
+    expected = summary["validation"]["nll_per_token"]
+    assert report["nll_per_token"] == pytest.approx(expected, abs=1e-5)
+    assert report["experts"]["tokens"] >= 3000
+    assert report["experts"]["enough_tokens"] is False
+    sliding = json_of(tool("evaluate", *asked, "--stride", 16, "--health-tokens", 0))
+    assert sliding["tokens"] == report["tokens"]
+
+
+def test_evaluate_scores_the_users_own_text(folder, tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_text("abc def ghi " * 30)
+    report = json_of(
+        tool("evaluate", "--run", folder / "run", "--text", path, "--legacy-sra", "--json")
+    )
+    assert report["words"] == 90 and report["bytes"] == 360
+    assert report["coverage"] == 1.0
+
+
+def test_generate_is_seeded_and_streams_the_prompt(folder):
+    asked = ("generate", "--run", folder / "run", "--prompt", "abc", "--max-tokens", 12)
+    first, again = (json_of(tool(*asked, "--seed", 1, "--json"))["text"] for _ in range(2))
+    assert first == again
+    plain = tool(*asked, "--seed", 1)
+    assert plain.stdout.strip("\n") == ("abc" + first).strip("\n")
+
+
+def test_prepare_data_tells_what_it_made(folder):
+    report = json_of(tool("prepare_data", "--recipe", folder / "tiny.yaml", "--json"))
+    assert report["splits"]["train"]["tokens"] > report["splits"]["valid"]["tokens"] > 0
+    assert report["domains"] == ["d0", "d1"]
+
+
+def test_compare_runs_each_cell_once(folder, tmp_path):
+    dense = tmp_path / "dense.yaml"
+    dense.write_text(
+        f"extends: {folder / 'tiny.yaml'}\nname: dense\n"
+        "model: {channel: {kind: dense, feed_forward: {hidden: 64, dropout: 0}}}\n"
+        "losses: {balance: none, dispersion: none, z_weight: 0}\n"
+    )
+    asked = ("compare", "--recipes", folder / "tiny.yaml", dense, "--seeds", "0,1", "--json")
+    asked += ("--set", "training.steps=4", "--out", tmp_path / "out")
+    result = json_of(tool(*asked))
+    assert [row["recipe"] for row in result["rows"]] == ["tiny", "dense"]
+    assert len(result["cells"]) == 4
+    (difference,) = result["differences"]
+    assert difference["low"] <= difference["nats_per_token"] <= difference["high"]
+    for name in ("comparison.md", "comparison.csv", "comparison.json", "comparison.png"):
+        assert (tmp_path / "out" / name).is_file()
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*/summary.json")}
+    assert json_of(tool(*asked))["rows"] == result["rows"]
+    assert times == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*/summary.json")}
+
+
+def test_compare_refuses_runs_on_different_text(folder, tmp_path):
+    import shutil
+
+    other = tmp_path / "other"
+    shutil.copytree(folder / "run", other)
+    summary = json.loads((other / "summary.json").read_text())
+    (other / "summary.json").write_text(json.dumps({**summary, "corpus_fingerprint": "f" * 64}))
+    result = tool("compare", "--runs", folder / "run", other, "--out", tmp_path / "out")
+    assert result.returncode == 2
+    assert "different text" in result.stderr
+
+
+BAD = {
+    "unknown recipe": (["count_active_params", "--recipe", "sra-128"], "did you mean 'sra-128e'?"),
+    "unknown key": (
+        ["count_active_params", "model.channel.expert.hiden=3"],
+        "unknown key model.channel.expert.hiden (did you mean 'hidden'?)",
+    ),
+    "no run": (["evaluate", "--run", "nowhere"], "nowhere is not a run directory"),
+    "no run to generate": (["generate", "--run", "x", "--prompt", "a"], "not a run directory"),
+    "no text": (["evaluate", "--run", "{run}", "--text", "nothing.txt"], "nothing.txt: no such file"),
+    "no step": (["evaluate", "--run", "{run}", "--checkpoint", "99"], "steps kept: "),
+    "stride": (["evaluate", "--run", "{run}", "--stride", "999"], "exceeds the window of 32"),
+    "seeds": (["compare", "--recipes", "quickstart", "--seeds", "a"], "expected numbers"),
+    "no corpus": (["prepare_data", "data={source: text, train: [no.txt]}"], "no.txt: no such file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "says"), BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_line_and_exit_2(folder, arguments, says):
+    result = tool(*(a.replace("{run}", str(folder / "run")) for a in arguments))
+    assert result.returncode == 2
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and says in last
+    assert "Traceback" not in result.stderr
+
+
+BAD_TRAINING = {
+    "unknown key": (["training.stepz=3"], "did you mean 'steps'?"),
+    "batch": (["training.micro_batch_size=3"], "not divisible"),
+    "bf16 at stage 0": (["training.precision=bf16"], "master weights"),
+    "resume nowhere": (["--resume", "--run", "nowhere"], "not a run directory"),
+    "resume and init": (["--resume", "--init-from", "x"], "give one of them"),
+    "init from nowhere": (["--init-from", "nowhere"], "not a run directory"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "says"), BAD_TRAINING.values(), ids=BAD_TRAINING.keys())
+def test_bad_training_input_is_one_line_and_exit_2(folder, tmp_path, arguments, says):
+    result = train("--recipe", folder / "tiny.yaml", *arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert says in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_missing_deepspeed_file_is_named(folder):
+    result = call(
+        BIN / "python", ROOT / "launch" / "train.py", "--deepspeed", "no.json",
+        "--recipe", folder / "tiny.yaml",
+    )  # fmt: skip
+    assert result.returncode == 2 and "no.json: no such file" in result.stderr
