@@ -24,7 +24,10 @@ from sra_ds.config.training import AdamWConfig, ScheduleConfig, SgdConfig
 VARIANTS = [
     [],
     ["losses.dispersion={kind: log_mean_exp, weight: 1.0e-7}", "losses.z_weight=1e-4"],
-    ["model.channel={kind: dense, feed_forward: {kind: swiglu, hidden: 24}}", "losses.balance=none"],
+    [
+        "model.channel={kind: dense, feed_forward: {kind: swiglu, hidden: 24}}",
+        "losses.balance=none",
+    ],
     ["model.channel.shared_expert={kind: gelu, hidden: 8}", "model.channel.router=hash"],
     ["data={source: text, train: [a.txt, b/c], valid: [v.jsonl], tokenizer: {file: t.json}}"],
     ["data={source: wikitext-2, path: /x, raw: false}", "evaluation.stride=16"],

@@ -23,7 +23,6 @@ def step(
     return output.token_nll_BT, gradients(model)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("family", ["moe-cosine", "dense"])
 def test_compiled_blocks_equal_eager_ones(tiny_recipe: Builder, family: str) -> None:

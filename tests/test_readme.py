@@ -1,0 +1,63 @@
+"""The README's commands are run, on a tiny run where they take one."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from runs import BIN, ROOT, call, train, write_corpus, write_recipe
+
+README = (ROOT / "README.md").read_text("utf-8")
+COMMANDS = [
+    line
+    for block in re.findall(r"```sh\n(.*?)```", README, re.S)
+    for line in block.strip().splitlines()
+]
+BY_HAND = {
+    "tools/compare.py": "trains six models; tests/test_cli.py runs it on tiny ones",
+    "tools/bench.py": "needs minutes of a quiet machine",
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run of a tiny recipe, and a folder for what the commands write."""
+    folder = tmp_path_factory.mktemp("readme")
+    write_recipe(folder, write_corpus(folder / "text.jsonl"))
+    result = train("--recipe", folder / "tiny.yaml", "--run", folder / "run", stage=2)
+    assert result.returncode == 0, result.stderr
+    return folder / "run"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_readme_works(run, command):
+    words = shlex.split(command.replace("$RUN", str(run)))
+    program = next(word for word in words if word.endswith(".py"))
+    if program in BY_HAND:
+        pytest.skip(BY_HAND[program])
+    training = program == "launch/train.py"
+    if words[0] == "python":
+        words[0] = sys.executable
+    else:
+        words[0] = str(BIN / words[0])
+    extra = ["--dry-run"] if training and "--dry-run" not in words else []
+    result = call(*words, *extra, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("target", ["train", "test", "lint"])
+def test_make_targets_exist(target):
+    result = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_readme_is_short_and_names_only_what_exists():
+    assert len(README.splitlines()) <= 250
+    for path in re.findall(r"\b(?:tools|launch|ds_configs|tests)/[\w/]+\.\w+", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_every_shipped_recipe_is_in_the_readme():
+    for path in (ROOT / "sra_ds" / "recipes").glob("*.yaml"):
+        assert f"`{path.stem}`" in README, path.stem
