@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
@@ -113,7 +114,7 @@ def train(
     """
     try:
         return _train(resolved, run, resume, init_from)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError, OSError) as error:
+    except (RuntimeError, MemoryError, OSError, SafetensorError) as error:
         remedy = _remedy(error, resolved, run)
         if remedy is None:
             raise
@@ -309,14 +310,19 @@ def _remedy(error: Exception, resolved: Resolved, run: RunDir) -> str | None:
             f"out of memory with training.micro_batch_size={micro}: try {max(1, micro // 2)}, "
             "training.activation_checkpointing=true, or ds_configs/zero2_offload.json"
         )
-    existing = next(p for p in (run.path, *run.path.absolute().parents) if p.exists())
-    full = shutil.disk_usage(existing).free < 2**20
-    if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or (full and "writ" in text):
+    if _is_disk_full(error):
         return (
             f"no space left for {run.path}; the last complete checkpoint is kept: free some space or "
             f"lower checkpoint.keep, then --resume --run {run.path}"
         )
     return None
+
+
+def _is_disk_full(error: Exception) -> bool:
+    """Python, safetensors and torch each say it in their own way."""
+    text = str(error)
+    known = ("No space left on device", "inline_container.cc")  # the second is torch.save
+    return getattr(error, "errno", None) == errno.ENOSPC or any(part in text for part in known)
 
 
 def _say(text: str) -> None:

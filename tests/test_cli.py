@@ -4,7 +4,8 @@ import json
 import sys
 
 import pytest
-from runs import BIN, ROOT, call, train, write_corpus, write_recipe
+
+from commands import BIN, ROOT, call, train, write_corpus, write_recipe
 
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
 

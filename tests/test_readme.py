@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from runs import BIN, ROOT, call, train, write_corpus, write_recipe
+
+from commands import BIN, ROOT, call, train, write_corpus, write_recipe
 
 README = (ROOT / "README.md").read_text("utf-8")
 COMMANDS = [

@@ -59,14 +59,18 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     _barrier()
-    if engine is not None:
-        engine.save_checkpoint(str(partial), tag=ENGINE, save_latest=False)
-    _barrier()
-    if first:
-        save_file({n: t.contiguous() for n, t in weights.items()}, partial / WEIGHTS)
-        write_atomically(partial / TRAINER, json.dumps(trainer))
-        _write_manifest(partial, layout, with_engine=engine is not None)
-        _replace_folder(partial, folder)
+    try:
+        if engine is not None:
+            engine.save_checkpoint(str(partial), tag=ENGINE, save_latest=False)
+        _barrier()
+        if first:
+            save_file({n: t.contiguous() for n, t in weights.items()}, partial / WEIGHTS)
+            write_atomically(partial / TRAINER, json.dumps(trainer))
+            _write_manifest(partial, layout, with_engine=engine is not None)
+            _replace_folder(partial, folder)
+    except (OSError, RuntimeError, SafetensorError):
+        shutil.rmtree(partial, ignore_errors=True)  # give its space back
+        raise
     _barrier()
 
 

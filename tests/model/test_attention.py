@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from references import attention_loop, randomise, rotate_loop
 from torch import Tensor
 
+from references import attention_loop, randomise, rotate_loop
 from sra_ds.config.model import AttentionConfig
 from sra_ds.model.context import Context, DecodingState, visible_positions
 from sra_ds.model.mixers.attention import Attention, rotary_angles, rotate

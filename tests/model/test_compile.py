@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from references import assert_same, gradients, randomise
 from torch import Tensor
 
+from references import assert_same, gradients, randomise
 from sra_ds.config import Recipe
 from sra_ds.model.language_model import LanguageModel, build_model
 

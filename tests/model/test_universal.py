@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from references import assert_same, gradients, randomise
 from torch import Tensor, nn
 
+from references import assert_same, gradients, randomise
 from sra_ds.config import Recipe
 from sra_ds.config.losses import LossesConfig
 from sra_ds.losses import auxiliary_losses, total_loss

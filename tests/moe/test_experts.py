@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 from pydantic import TypeAdapter
-from references import assert_same, gradients, leaves, randomise, stacked_gradients, unstack
 from torch import Tensor
 
+from references import assert_same, gradients, leaves, randomise, stacked_gradients, unstack
 from sra_ds.config.model import FeedForwardConfig
 from sra_ds.moe.experts import ResidualLinear, build_experts, build_feed_forward
 

@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 import torch
 from pydantic import TypeAdapter
+from torch import Tensor, nn
+
 from references import (
     assert_same,
     gradients,
@@ -14,8 +16,6 @@ from references import (
     stacked_gradients,
     unstack,
 )
-from torch import Tensor, nn
-
 from sra_ds.config.model import FeedForwardConfig, MoEChannelConfig
 from sra_ds.moe.layer import MoELayer
 from sra_ds.moe.routing import Routing

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 from pydantic import TypeAdapter
+from torch import Tensor, nn
+
 from references import (
     LoopRouting,
     cosine_scores_loop,
@@ -16,8 +18,6 @@ from references import (
     randomise,
     route_loop,
 )
-from torch import Tensor, nn
-
 from sra_ds.config.model import AnyRouterConfig
 from sra_ds.moe.routers import build_router
 from sra_ds.moe.routing import Routing

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from references import leaves, route_loop, top_k_loop
 from torch import Tensor
 
+from references import leaves, route_loop, top_k_loop
 from sra_ds.moe.routing import gate_weights, route, top_k_lowest_id
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from pydantic import TypeAdapter
-from references import randomise
 from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sra_ds
+from references import randomise
 from sra_ds.config import Recipe, dump_recipe
 from sra_ds.config.loading import load_recipe
 from sra_ds.config.losses import BalanceConfig, DispersionConfig

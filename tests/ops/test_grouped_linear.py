@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from references import leaves
 from torch import Tensor
 
+from references import leaves
 from sra_ds.ops.grouped_linear import (
     grouped_linear,
     grouped_linear_reference,

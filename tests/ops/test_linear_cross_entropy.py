@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from references import leaves
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from references import leaves
 from sra_ds.ops.linear_cross_entropy import (
     IGNORED,
     linear_cross_entropy,

@@ -1,7 +1,8 @@
 import shutil
 
 import pytest
-from runs import train, write_corpus, write_recipe
+
+from commands import train, write_corpus, write_recipe
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from runs import RECIPE
 
+from commands import RECIPE
 from sra_ds.config.loading import merge, validate
 from sra_ds.config.training import ScheduleConfig
 from sra_ds.model.language_model import build_model

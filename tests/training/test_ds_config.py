@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from runs import RECIPE, ROOT
 
+from commands import RECIPE, ROOT
 from sra_ds.config.loading import validate
 from sra_ds.errors import ConfigError
 from sra_ds.training.ds_config import merge_ds_config, plan_batches, read_ds_config

@@ -6,8 +6,9 @@ import time
 
 import pytest
 import torch
-from runs import BIN, call
+from safetensors import SafetensorError
 
+from commands import BIN, call
 from sra_ds.errors import BackendUnavailable
 from sra_ds.training.environment import refuse_stale_build_locks
 from sra_ds.training.health import RecentLoad
@@ -45,6 +46,11 @@ def test_prebuild_is_done_already():
         (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "micro_batch_size"),
         (OSError(errno.ENOSPC, "No space left on device"), "no space left"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "no space left"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1 vs 0"),
+            "no space left",
+        ),
     ],
 )
 def test_limits_of_the_machine_give_a_remedy_in_one_line(error, says, tmp_path):

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from runs import launch, losses, train
+
+from commands import launch, losses, train
 
 SGD = ("training.optimizer.kind=sgd", "training.optimizer.learning_rate=0.02", "training.steps=6")
 SHORT = ("evaluation.every=0", "checkpoint.every=0")

@@ -4,8 +4,9 @@ import json
 import shutil
 
 import pytest
-from runs import step_lines, train
 from safetensors.torch import load_file
+
+from commands import step_lines, train
 
 FACTS = ("step", "loss", "cross_entropy", "grad_norm", "learning_rate", "top_k")
 

@@ -7,7 +7,8 @@ import time
 
 import psutil
 import pytest
-from runs import BIN, ROOT, TRAIN, _free_port, environment
+
+from commands import BIN, ROOT, TRAIN, _free_port, environment
 
 ENDLESS = ("training.steps=1000000", "evaluation.every=0", "checkpoint.every=0")
 
