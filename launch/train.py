@@ -84,14 +84,14 @@ def show(result: dict[str, Any]) -> None:
         "validation perplexity": perplexity,
         "next-token accuracy": f"{validation['accuracy']:.1%} of {validation['tokens']:,} tokens "
         f"({validation['coverage']:.1%} of the split)",
-        "figures and samples": f"{run}/figures, {run}/samples.txt",
-        "everything": f"{run}/summary.json",
     }
     if experts is not None:
         lines["dead experts"] = (
             f"{experts['dead']} ({experts['dead_fraction']:.1%}) over the last "
             f"{experts['window_tokens']:,} training tokens"
         )
+    lines["figures and samples"] = f"{run}/figures, {run}/samples.txt"
+    lines["everything"] = f"{run}/summary.json"
     print(f"\n{result['recipe']}, {result['steps']:,} steps")
     for name, text in lines.items():
         print(f"  {name:<24} {text}")

@@ -44,6 +44,7 @@ from sra_ds.training.ds_config import (
     zero_stage,
 )
 from sra_ds.training.engine import build_engine, start_processes
+from sra_ds.training.logging import require_wandb
 from sra_ds.training.loop import Outcome, Trainer, Validate
 from sra_ds.training.memory import estimate_bytes
 from sra_ds.training.run_dir import RunDir, refuse_overwriting, write_atomically
@@ -63,6 +64,7 @@ class Resolved(NamedTuple):
 def resolve(recipe: Recipe, ds_path: Path) -> Resolved:
     """Settle device, precision, batch arithmetic and the DeepSpeed configuration, or say what does not
     fit together (`ConfigError`)."""
+    require_wandb(recipe)
     device, device_reason = environment.choose_device()
     dtype, dtype_reason = environment.choose_precision(recipe.training.precision, device)
     batches = plan_batches(recipe, environment.world_size())

@@ -135,8 +135,6 @@ def _train_cell(run: RunDir, recipe: str, overrides: list[str], launch: list[str
     if (run.checkpoints / "latest").is_file():
         command += ["--resume"]
     else:
-        if run.recipe_file.exists():
-            run.recipe_file.unlink()  # started and killed before its first checkpoint
         command += ["--recipe", recipe, *overrides]
     code = subprocess.run(command, check=False, stdout=sys.stderr).returncode
     if code or not run.summary_file.is_file():

@@ -1,5 +1,6 @@
 """What a run tells: a progress bar, `metrics.jsonl`, and wandb if asked for."""
 
+import importlib.util
 import json
 import os
 import sys
@@ -59,16 +60,20 @@ class RunLog:
             self._wandb.finish()
 
 
+def require_wandb(recipe: Recipe) -> None:
+    """Raise `BackendUnavailable` if the recipe wants wandb and it is not installed."""
+    if recipe.logging.wandb != "off" and importlib.util.find_spec("wandb") is None:
+        raise BackendUnavailable(
+            "logging.wandb is on but wandb is not installed; pip install 'sra_ds[logging]'"
+        )
+
+
 def _start_wandb(path: Path, recipe: Recipe) -> Any:
     mode = recipe.logging.wandb
     if mode == "off":
         return None
-    try:
-        import wandb  # optional: pip install sra_ds[logging]
-    except ImportError:
-        raise BackendUnavailable(
-            "logging.wandb is on but wandb is not installed; pip install 'sra_ds[logging]'"
-        ) from None
+    import wandb  # optional, see require_wandb
+
     online = mode == "auto" and bool(os.environ.get("WANDB_API_KEY"))
     return wandb.init(
         project="sra_ds",

@@ -99,9 +99,10 @@ def open_run(path: Path) -> RunDir:
 
 
 def refuse_overwriting(run: RunDir) -> None:
-    """A new run must not bury an old one."""
-    if run.recipe_file.exists():
+    """A new run must not bury an old one; what failed before its first checkpoint may go."""
+    if any(run.checkpoints.glob("*/manifest.json")) or run.summary_file.exists():
         raise ConfigError(f"{run.path} already holds a run; use --resume, or another --run")
+    run.metrics_file.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> Any:
