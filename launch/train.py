@@ -32,7 +32,8 @@ def main() -> int:
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     code = cli.run(parser.parse_intermixed_args(), command, show)
     sys.stdout.flush()
-    os._exit(code) if code else None  # other ranks may wait in a collective: do not wait for them
+    if code:
+        os._exit(code)  # other ranks may wait in a collective: do not wait for them
     return code
 
 
@@ -41,6 +42,8 @@ def command(arguments: argparse.Namespace) -> dict[str, Any] | None:
     prepare_process()
     from sra_ds import workflow  # DeepSpeed reads the environment when it is imported
 
+    if arguments.resume and arguments.run and arguments.recipe:
+        raise ConfigError("--resume takes the recipe from --run; leave --recipe out")
     if arguments.resume and arguments.init_from:
         raise ConfigError(
             "--resume continues a run, --init-from starts a new one: give one of them"

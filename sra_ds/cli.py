@@ -43,6 +43,11 @@ def run(arguments: argparse.Namespace, command: Command, show: Callable[[Any], N
             raise
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
+        if arguments.debug or error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -95,7 +100,7 @@ def at_least(low: float) -> Callable[[str], float]:
 
     def number(text: str) -> float:
         value = type(low)(text)
-        if value < low:
+        if not value >= low:  # also refuses nan
             raise argparse.ArgumentTypeError(f"must be at least {low}, got {text}")
         return value
 

@@ -4,8 +4,8 @@
 
 with each term the mean over the routed layers. Equations: SRA v1 (arXiv 2509.14255v1) for cv2, signed
 and z, SRA v2 for bandpass and elastic, Fedus et al. 2021 (arXiv 2101.03961) for switch. Routing
-statistics are over valid tokens; pass them through `sra_ds.metrics.over_ranks` first when data is split
-over processes.
+statistics are over valid tokens; when data is split over processes they go through
+`sra_ds.training.processes.over_ranks` first.
 """
 
 from collections.abc import Callable, Sequence

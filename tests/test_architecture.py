@@ -29,7 +29,12 @@ ALLOWED = {
 }
 READERS_OF_TRAINING = {"run_dir", "checkpoint"}
 OWNERS = {
-    "deepspeed": {"training/engine.py", "training/prebuild.py", "moe/backends/deepspeed.py"},
+    "deepspeed": {
+        "training/engine.py",
+        "training/processes.py",
+        "training/prebuild.py",
+        "moe/backends/deepspeed.py",
+    },
     "megablocks": {"moe/backends/megablocks.py"},
     "matplotlib": {"analysis/plots.py"},
     "wandb": {"training/logging.py"},

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from sra_ds.metrics import dead_experts, load_summary, over_ranks
+from sra_ds.metrics import dead_experts, load_summary
 from sra_ds.moe.routing import route
+from sra_ds.training.processes import over_ranks
 
 
 def test_without_other_processes_the_statistics_are_returned_as_they_are() -> None:

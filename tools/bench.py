@@ -7,11 +7,16 @@ memory  peak memory of one training step, in plain torch and at ZeRO-2, each in 
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from sra_ds import cli
 from sra_ds.config import load_recipe
+from sra_ds.training.ds_config import read_ds_config
 from sra_ds.training.environment import prepare_process
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = ("0", "1", "2", "3")
 
 
 def main() -> int:
@@ -19,12 +24,14 @@ def main() -> int:
     parser = cli.parser(__doc__ or "")
     parser.add_argument("what", choices=("step", "memory"))
     parser.add_argument("--recipes", nargs="+", help="the recipe, then its dense twin")
-    parser.add_argument("--stages", default="0,1,2", help="ZeRO stages (default: %(default)s)")
+    parser.add_argument(
+        "--stages", nargs="*", choices=STAGES, default=STAGES[:3], help="ZeRO stages for step"
+    )
     parser.add_argument("--rounds", type=cli.at_least(1), default=7)
     parser.add_argument(
         "--micro-batch", type=cli.at_least(1), default=2, help="windows, for memory"
     )
-    parser.add_argument("--one", choices=("torch", "0", "1", "2", "3"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=("torch", *STAGES), help=argparse.SUPPRESS)
     return cli.run(parser.parse_args(), command, cli.show_tree)
 
 
@@ -33,26 +40,26 @@ def command(arguments: argparse.Namespace) -> dict[str, Any]:
     prepare_process()
     from sra_ds.training import bench  # DeepSpeed reads the environment when it is imported
 
+    whole = ["training.precision=fp32", "training.micro_batch_size=0"]
     if arguments.what == "step":
-        names = arguments.recipes or ["sra-small", "dense-small"]
-        recipes = [load_recipe(name, ["training.precision=fp32"]) for name in names]
-        stages = [int(stage) for stage in arguments.stages.split(",") if stage]
+        recipes = [load_recipe(n, whole) for n in arguments.recipes or ["sra-small", "dense-small"]]
+        stages = {f"zero{stage}": ds_config(stage) for stage in arguments.stages}
         return bench.bench_step(recipes, stages, arguments.rounds)
-    names = arguments.recipes or ["sra-128e"]
+    name = (arguments.recipes or ["sra-128e"])[0]
+    size = f"training.batch_size={arguments.micro_batch}"
     if arguments.one:
-        size = f"training.batch_size={arguments.micro_batch}"
-        recipe = load_recipe(
-            names[0], [size, "training.micro_batch_size=0", "training.precision=fp32"]
-        )
-        stage = None if arguments.one == "torch" else int(arguments.one)
-        return bench.peak_memory_of_one_step(recipe, stage)
+        config = None if arguments.one == "torch" else ds_config(arguments.one)
+        return bench.peak_memory_of_one_step(load_recipe(name, [*whole, size]), config)
     common = [sys.argv[0], "memory", "--json", "--micro-batch", str(arguments.micro_batch)]
     return {
-        variant: json.loads(
-            bench.in_fresh_process([*common, "--recipes", names[0], "--one", variant])
-        )
+        variant: json.loads(bench.in_fresh_process([*common, "--recipes", name, "--one", variant]))
         for variant in ("torch", "2")
     }
+
+
+def ds_config(stage: str) -> dict[str, Any]:
+    """The shipped configuration of a ZeRO stage."""
+    return read_ds_config(ROOT / "ds_configs" / f"zero{stage}.json")
 
 
 if __name__ == "__main__":

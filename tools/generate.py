@@ -22,7 +22,7 @@ def main() -> int:
     )
     parser.add_argument("--temperature", type=cli.at_least(0.0), default=0.8, help="0: most likely")
     parser.add_argument("--top-k", type=cli.at_least(0), default=0, help="0: all tokens")
-    parser.add_argument("--top-p", type=cli.at_least(0.0), default=0.95)
+    parser.add_argument("--top-p", type=cli.at_least(1e-6), default=0.95)
     parser.add_argument("--seed", type=cli.at_least(0), default=0)
     return cli.run(parser.parse_args(), command, lambda result: None)
 

@@ -47,18 +47,18 @@ def loss_figure(steps: Metrics, checks: Metrics) -> Figure:
     per_step = steps[-1]["tokens"] / steps[-1]["step"]
     if checks:
         x = [c["step"] * per_step for c in checks]
-        axes.plot(x, [c["validation"]["nll_per_token"] for c in checks], "o-", label="validation")
+        axes.plot(
+            x, [c["validation"]["capped_nll_per_token"] for c in checks], "o-", label="validation"
+        )
     axes.legend()
     return figure
 
 
 def perplexity_figure(checks: Metrics) -> Figure:
-    """Validation perplexity at each evaluation."""
-    figure, axes = _axes("step", "validation token perplexity")
-    axes.plot(
-        [c["step"] for c in checks], [c["validation"]["token_perplexity"] for c in checks], "o-"
-    )
-    axes.set_yscale("log")
+    """Validation perplexity over epochs, always on the documents of the capped evaluations."""
+    figure, axes = _axes("epoch", "validation token perplexity")
+    perplexities = np.exp([c["validation"]["capped_nll_per_token"] for c in checks])
+    axes.plot([c["epoch"] for c in checks], perplexities, "o-")
     return figure
 
 

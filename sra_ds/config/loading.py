@@ -65,7 +65,7 @@ def parse_override(text: str) -> Tree:
         raise ConfigError(f"override {text!r}: expected key.path=value")
     try:
         leaf = yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # ValueError: an impossible date
         raise ConfigError(f"override {text!r}: the value is not valid YAML") from None
     *outer, last = path.split(".")
     tree: Tree = {last: leaf}
@@ -140,7 +140,7 @@ def _read_yaml(name_or_file: str) -> Tree:
         )
     try:
         tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(
             f"{name_or_file} is not valid YAML: {' '.join(str(error).split())}"
         ) from None

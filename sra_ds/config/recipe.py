@@ -2,7 +2,7 @@
 
 from typing import Literal, TypeVar
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from sra_ds.config.base import Part
 from sra_ds.config.data import DataConfig
@@ -35,7 +35,8 @@ class Recipe(Part):
     """A named run: data, model, losses, training and what is written."""
 
     schema_version: Literal[1] = 1
-    name: str
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Part of the run directory's name."""
     description: str = ""
     data: DataConfig
     model: ModelConfig

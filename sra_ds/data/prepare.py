@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
@@ -37,6 +36,7 @@ from sra_ds.data.tokenizer import (
 from sra_ds.errors import DataError
 
 BATCH_CHARACTERS = 2_000_000
+LAST_DOMAIN = 2**16 - 1
 
 
 def corpus_folder(config: CorpusConfig) -> Path:
@@ -52,6 +52,8 @@ def prepare(config: CorpusConfig, progress: bool = True) -> TokenCorpus:
     source = open_source(config, progress)
     identity = source.identity()
     folder = _folder(config, identity)
+    if folder.is_dir():  # also where it cannot be written to
+        return TokenCorpus(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _exclusive(folder.with_name(folder.name + ".lock")):
         if not folder.exists():
@@ -141,7 +143,9 @@ def _write_split(
             encodings = tokenizer.encode_batch_fast([document.text for document in batch])
             for document, encoding in zip(batch, encodings, strict=True):
                 size = len(document.text.encode())
-                domain = domains.setdefault(document.domain, min(len(domains), np.iinfo("u2").max))
+                domain = domains.setdefault(document.domain, len(domains))
+                if domain > LAST_DOMAIN:
+                    raise DataError(f"more than {LAST_DOMAIN + 1} domain labels in the corpus")
                 writer.add(encoding.ids, document.words, size, domain)
                 bar.update(size)
     return writer.close()

@@ -11,6 +11,7 @@ document and a document's end is predicted by the next opening mark.
 
 import hashlib
 import json
+from array import array
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -38,25 +39,29 @@ class ShardWriter:
             end_of_text_id,
         )
         self.shards: list[dict[str, Any]] = []
-        self.documents: list[tuple[int, int, int, int]] = []
+        self.documents = {name: array("q") for name in DOCUMENT.names or ()}
         self.tokens = 0
-        self._pending: list[NDArray[np.integer[Any]]] = []
-        self._pending_tokens = 0
+        self._pending = array({"uint16": "H", "uint32": "I"}[dtype])
 
     def add(self, ids: list[int], words: int, size: int, domain: int) -> None:
         """Append one document: its token ids, reference words, UTF-8 bytes and domain number."""
-        self.documents.append((self.tokens, words, size, domain))
-        self._pending.append(np.asarray([self.end_of_text_id, *ids], dtype=self.dtype))
-        self._pending_tokens += len(ids) + 1
+        for column, value in zip(
+            self.documents.values(), (self.tokens, words, size, domain), strict=True
+        ):
+            column.append(value)
+        self._pending.append(self.end_of_text_id)
+        self._pending.extend(ids)
         self.tokens += len(ids) + 1
-        if self._pending_tokens >= SHARD_TOKENS:
+        if len(self._pending) >= SHARD_TOKENS:
             self._flush()
 
     def close(self) -> dict[str, Any]:
         """Write what is left and return the split's entry of the manifest."""
         if self._pending:
             self._flush()
-        table = np.array(self.documents, dtype=DOCUMENT)
+        table = np.empty(len(self.documents["start"]), dtype=DOCUMENT)
+        for name, column in self.documents.items():
+            table[name] = np.frombuffer(column, np.int64) if column else 0
         path = self.folder / f"{self.split}.documents.npy"
         np.save(path, table)
         return {
@@ -69,11 +74,12 @@ class ShardWriter:
 
     def _flush(self) -> None:
         path = self.folder / f"{self.split}-{len(self.shards):05d}.bin"
-        np.concatenate(self._pending).tofile(path)
+        with path.open("wb") as stream:
+            self._pending.tofile(stream)
         self.shards.append(
-            {"file": path.name, "tokens": self._pending_tokens, "sha256": file_sha256(path)}
+            {"file": path.name, "tokens": len(self._pending), "sha256": file_sha256(path)}
         )
-        self._pending, self._pending_tokens = [], 0
+        del self._pending[:]
 
 
 class TokenSplit:

@@ -36,12 +36,12 @@ def run_cells(
     for recipe, seed in tqdm(cells, "cells"):
         run = RunDir(out / f"{Path(recipe).stem}-s{seed}")
         asked = [*overrides, f"training.seed={seed}"]
+        if run.recipe_file.is_file() and run.recipe() != load_recipe(recipe, asked):
+            raise ConfigError(
+                f"{run.path} holds a run of other settings; choose another --out or delete it"
+            )
         if not run.summary_file.is_file():
             _train_cell(run, recipe, asked, launch)
-        elif run.recipe() != load_recipe(recipe, asked):
-            raise ConfigError(
-                f"{run.path} holds a finished run of other settings; choose another --out or delete it"
-            )
         runs.append(run.path)
     return runs
 
@@ -55,6 +55,7 @@ def compare_runs(
     cells = [_read_cell(run) for run in runs]
     _require_equal(cells, "corpus_fingerprint", DataError, "were trained on different text")
     _require_equal(cells, "tokens", ConfigError, "saw different numbers of tokens")
+    _require_distinct(cells)
     out.mkdir(parents=True, exist_ok=True)
     for cell in cells:
         write_atomically(
@@ -93,8 +94,12 @@ def paired_bootstrap(
     documents, and the share of resamples in which ours is lower."""
     nll = np.mean([d[0] for d in ours], axis=0) - np.mean([d[0] for d in theirs], axis=0)
     tokens = ours[0][1]
-    picks = np.random.default_rng(0).integers(0, len(nll), (RESAMPLES, len(nll)))
-    resampled = nll[picks].sum(1) / tokens[picks].sum(1)
+    rng = np.random.default_rng(0)
+    even = np.full(len(nll), 1 / len(nll))
+    resampled = np.empty(RESAMPLES)
+    for number in range(RESAMPLES):
+        counts = rng.multinomial(len(nll), even)  # how often each document was drawn
+        resampled[number] = counts @ nll / (counts @ tokens)
     low, high = np.quantile(resampled, [0.025, 0.975])
     return {
         "nats_per_token": float(nll.sum() / tokens.sum()),
@@ -185,6 +190,17 @@ def _documents(run: RunDir) -> tuple[NDArray[Any], NDArray[Any]]:
         raise DataError(f"{path} is missing: the run has no per-document losses")
     with np.load(path, allow_pickle=False) as arrays:
         return arrays["nll"], arrays["tokens"]
+
+
+def _require_distinct(cells: list[dict[str, Any]]) -> None:
+    owners: dict[tuple[str, int], str] = {}
+    for cell in cells:
+        other = owners.setdefault((cell["recipe"], cell["seed"]), cell["run"])
+        if other != cell["run"]:
+            raise ConfigError(
+                f"{other} and {cell['run']} are both {cell['recipe']} with seed {cell['seed']}; give "
+                "variants a name of their own (name=...)"
+            )
 
 
 def _require_equal(

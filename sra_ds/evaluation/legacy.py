@@ -1,13 +1,13 @@
 """The protocol behind the published SRA perplexities, reproduced to show what it counts.
 
-Each paragraph is cut into blocks of 256 tokens, blocks under 128 are dropped, the rest filled with PAD
-(id 0), and PAD targets are scored like words; the result is the exponential of the unweighted mean over
-batches of 128 blocks. About a quarter of the targets are PAD, and a model trained that way pays nothing
-for any but the first. Never compare it with a perplexity over real tokens.
+Each paragraph is cleaned (as published but for the Moses detokeniser) and cut into blocks of 256 tokens,
+blocks under 128 are dropped, the rest filled with PAD (id 0), and PAD targets are scored like words; the
+result is the exponential of the unweighted mean over batches of 128 blocks. About a quarter of the
+targets are PAD, and a model trained that way pays nothing for any but the first. Never compare it with a
+perplexity over real tokens.
 """
 
 import itertools
-import math
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -19,11 +19,12 @@ from tqdm import tqdm
 
 from sra_ds.data.shards import TokenSplit
 from sra_ds.data.tokenizer import end_of_text_id
-from sra_ds.evaluation.perplexity import Model
+from sra_ds.evaluation.perplexity import Model, exp_or_infinity
 
 BLOCK, SHORTEST, BATCH, PAD = 256, 128, 128, 0
 FORWARD_BLOCKS = 16
 HEADING = re.compile(r"^\s*=+.*=+\s*$")
+WIKITEXT_MARK = re.compile(r" @([-.,/])@ ")
 KINDS = ("real", "first_pad", "later_pad")
 
 
@@ -31,7 +32,7 @@ def split_paragraphs(text: str, blank_line: bool) -> list[str]:
     """Cleaned paragraphs: a line each, or separated by blank lines where text is hard-wrapped."""
     raw = re.split(r"\n\s*\n", text) if blank_line else text.split("\n")
     kept = (p for p in raw if not HEADING.match(p))
-    cleaned = (" ".join(p.replace("<unk>", " ").split()) for p in kept)
+    cleaned = (" ".join(WIKITEXT_MARK.sub(r"\1", p).replace("<unk>", " ").split()) for p in kept)
     return [p for p in cleaned if p]
 
 
@@ -69,19 +70,21 @@ def legacy_sra(
     device: torch.device,
     max_blocks: int = 1024,
     progress: bool = False,
-) -> dict[str, Any] | None:
-    """The published figure with its parts, or None if no paragraph is long enough.
+) -> dict[str, Any]:
+    """The published figure with its parts, over the first `max_blocks` blocks; only `reason` if the
+    text or tokenizer does not allow it.
 
     `perplexity` is the protocol's; `perplexity_if_padding_were_free` what a model trained on padding
     would report with the same real and first-PAD losses; `real_token_perplexity` counts words only.
     """
     if end_of_text_id(tokenizer) != PAD:
-        return None
+        return {"reason": "the tokenizer's end-of-text token, which stands in for PAD, is not id 0"}
     texts = document_texts(split, tokenizer)
     paragraphs = (p for text in texts for p in split_paragraphs(text, blank_line))
-    blocks = torch.tensor(padded_blocks(paragraphs, tokenizer)[:max_blocks])
-    if not len(blocks):
-        return None
+    found = padded_blocks(paragraphs, tokenizer)
+    if not found:
+        return {"reason": f"no paragraph has a block of {SHORTEST} tokens"}
+    blocks = torch.tensor(found[:max_blocks])
     sums = torch.zeros(len(KINDS), dtype=torch.float64)
     counts = torch.zeros(len(KINDS), dtype=torch.float64)
     batch_means = []
@@ -99,10 +102,11 @@ def legacy_sra(
     total = float(counts.sum())
     return {
         "note": "counts padding; not comparable with any other perplexity",
-        "perplexity": math.exp(sum(batch_means) / len(batch_means)),
-        "perplexity_if_padding_were_free": math.exp(float(sums[:2].sum()) / total),
-        "real_token_perplexity": math.exp(float(sums[0] / counts[0])),
+        "perplexity": exp_or_infinity(sum(batch_means) / len(batch_means)),
+        "perplexity_if_padding_were_free": exp_or_infinity(float(sums[:2].sum()) / total),
+        "real_token_perplexity": exp_or_infinity(float(sums[0] / counts[0])),
         "blocks": len(blocks),
+        "blocks_in_split": len(found),
         "pad_share": float(counts[1:].sum()) / total,
         **{
             f"{kind}": {"targets": int(n), "nll_per_target": float(s / n) if n else None}

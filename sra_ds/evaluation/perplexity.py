@@ -40,9 +40,9 @@ class Perplexity(NamedTuple):
     def summary(self) -> dict[str, float | int]:
         """The figures people quote."""
         return {
-            "token_perplexity": _exp(self.nll / self.tokens),
-            "word_perplexity": _exp(self.nll / max(self.words, 1)),
-            "byte_perplexity": _exp(self.nll / max(self.bytes, 1)),
+            "token_perplexity": exp_or_infinity(self.nll / self.tokens),
+            "word_perplexity": exp_or_infinity(self.nll / max(self.words, 1)),
+            "byte_perplexity": exp_or_infinity(self.nll / max(self.bytes, 1)),
             "bits_per_byte": self.nll / (max(self.bytes, 1) * math.log(2)),
             "accuracy": self.correct / self.tokens,
             "nll_per_token": self.nll / self.tokens,
@@ -53,7 +53,7 @@ class Perplexity(NamedTuple):
         }
 
 
-def _exp(nats: float) -> float:
+def exp_or_infinity(nats: float) -> float:
     """exp, infinite where a float has no room for it."""
     return math.exp(nats) if nats < 709 else math.inf
 
@@ -83,11 +83,9 @@ def evaluate(
     when `stopped()` says so between batches.
     """
     documents = documents_within(split, max_tokens)
-    end = (
-        split.tokens
-        if documents == len(split.documents)
-        else int(split.documents["start"][documents])
-    )
+    end = split.tokens
+    if documents < len(split.documents):  # the mark that opens the next document ends the last
+        end = int(split.documents["start"][documents]) + 1
     windows = scoring_windows(end, setting.length, setting.stride)
     share = _share(windows, setting.batch_size)
     batches = scoring_batches(
@@ -140,6 +138,14 @@ class _Totals:
         if output.routings:
             load_LE = torch.stack([r.load_E for r in output.routings]).double().cpu().numpy()
             self.load_LE = self.load_LE + load_LE if self.load_LE.size else load_LE
+
+
+def capped_nll(result: Perplexity, split: TokenSplit, max_tokens: int) -> float:
+    """Loss per token over the documents an evaluation capped at `max_tokens` would have scored, so that
+    a whole evaluation compares with capped ones."""
+    documents = min(documents_within(split, max_tokens), len(result.document_nll))
+    tokens = result.document_tokens[:documents].sum()
+    return float(result.document_nll[:documents].sum() / tokens)
 
 
 def documents_within(split: TokenSplit, max_tokens: int) -> int:

@@ -31,8 +31,9 @@ class Scoring(NamedTuple):
 
 def open_corpus(loaded: LoadedRun) -> TokenCorpus:
     """The corpus a run was trained on; refuses another text or tokenizer."""
-    corpus = prepare(loaded.recipe.data)
     environment = loaded.run.environment()
+    folder = Path(environment["corpus_folder"])
+    corpus = TokenCorpus(folder) if folder.is_dir() else prepare(loaded.recipe.data)
     corpus.require_tokenizer(environment["tokenizer_sha256"], str(loaded.run.path))
     corpus.require_fingerprint(environment["corpus_fingerprint"], str(loaded.run.path))
     return corpus
@@ -59,18 +60,21 @@ def _score(
     device: torch.device,
     corpus: TokenCorpus | None,
 ) -> dict[str, Any]:
-    data = loaded.recipe.data
     result = evaluate(loaded.model, split, setting(loaded, scoring, device), progress=True)
     assert result is not None
     report: dict[str, Any] = dict(result.summary())
     if loaded.model.routers() and scoring.health_tokens:
         report["experts"] = _health(loaded, result, scoring, device, corpus)
     if scoring.legacy:
-        blank_line = isinstance(data, DocstringsConfig)
-        report["legacy_sra"] = legacy_sra(
-            loaded.model, split, loaded.tokenizer, blank_line, device, progress=True
-        )
+        report["legacy_sra"] = score_legacy(loaded, split, device)
     return report
+
+
+def score_legacy(loaded: LoadedRun, split: TokenSplit, device: torch.device) -> dict[str, Any]:
+    """The published PAD-counting protocol; docstrings are hard-wrapped, so their paragraphs end at
+    blank lines."""
+    blank_line = isinstance(loaded.recipe.data, DocstringsConfig)
+    return legacy_sra(loaded.model, split, loaded.tokenizer, blank_line, device)
 
 
 def setting(loaded: LoadedRun, scoring: Scoring, device: torch.device) -> Setting:

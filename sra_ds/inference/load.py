@@ -35,6 +35,8 @@ def load_run(path: Path, which: str = "best", device: str | torch.device = "cpu"
     folder = choose(run.checkpoints, which)
     model = build_model(recipe)
     trainer = load_weights_into(model, folder)
+    for router in model.routers():
+        router.top_k = trainer["top_k"]
     tokenizer = load_tokenizer(run.tokenizer_file, recipe.data.tokenizer.vocab_size)
     return LoadedRun(run, recipe, model.to(device).eval(), tokenizer, folder, trainer)
 
@@ -50,6 +52,4 @@ def load_weights_into(model: LanguageModel, folder: Path) -> dict[str, Any]:
             f"{folder} is of another model: {wrong[0]} differs ({len(wrong)} in all)"
         )
     model.load_state_dict(weights)
-    for router in model.routers():
-        router.top_k = trainer["top_k"]
     return trainer

@@ -17,10 +17,11 @@ from sra_ds.config import Recipe
 from sra_ds.data.loader import Batch
 from sra_ds.errors import TrainingError
 from sra_ds.losses import auxiliary_losses, total_loss
-from sra_ds.metrics import over_ranks
 from sra_ds.model.language_model import LanguageModel, ModelOutput, build_model
 from sra_ds.training.ds_config import merge_ds_config, plan_batches
-from sra_ds.training.engine import build_engine, build_optimizer, start_processes
+from sra_ds.training.engine import build_engine, build_optimizer
+from sra_ds.training.environment import choose_device
+from sra_ds.training.processes import over_ranks, start_processes
 
 Step = Callable[[Batch], None]
 
@@ -48,15 +49,8 @@ def plain_step(recipe: Recipe, model: LanguageModel) -> Step:
     return step
 
 
-def engine_step(recipe: Recipe, model: LanguageModel, stage: int) -> Step:
-    """The same step through DeepSpeed at a ZeRO stage."""
-    ds_config: dict[str, Any] = {"zero_optimization": {"stage": stage}}
-    if stage in (1, 2):
-        ds_config["zero_optimization"] |= {
-            "overlap_comm": False,
-            "reduce_bucket_size": 50_000_000,
-            "allgather_bucket_size": 50_000_000,
-        }
+def engine_step(recipe: Recipe, model: LanguageModel, ds_config: dict[str, Any]) -> Step:
+    """The same step through DeepSpeed."""
     merged = merge_ds_config(ds_config, recipe, plan_batches(recipe, 1), torch.float32, "bench")
     engine = build_engine(model, recipe, merged)
 
@@ -67,26 +61,32 @@ def engine_step(recipe: Recipe, model: LanguageModel, stage: int) -> Step:
     return step
 
 
-def bench_step(recipes: list[Recipe], stages: list[int], rounds: int) -> dict[str, Any]:
-    """Median step time of every recipe, in plain torch and at each stage, and their ratios.
+def bench_step(
+    recipes: list[Recipe], ds_configs: dict[str, dict[str, Any]], rounds: int
+) -> dict[str, Any]:
+    """Median step time of every recipe in plain torch, of the first with each DeepSpeed configuration
+    (by name), and their ratios.
 
     `moe_over_dense` compares the first recipe with the last one named (the dense twin) in plain torch;
-    `engine_over_plain` compares the stages with plain torch for the first recipe.
+    `engine_over_plain` compares the configurations with plain torch for the first recipe.
     """
     start_processes()
+    device, _ = choose_device()
     variants: dict[str, Step] = {}
     for recipe in recipes:
-        variants[f"{recipe.name}/torch"] = plain_step(recipe, build_model(recipe))
-    for stage in stages:
-        variants[f"{recipes[0].name}/zero{stage}"] = engine_step(
-            recipes[0], build_model(recipes[0]), stage
+        variants[f"{recipe.name}/torch"] = plain_step(recipe, build_model(recipe).to(device))
+    for name, ds_config in ds_configs.items():
+        variants[f"{recipes[0].name}/{name}"] = engine_step(
+            recipes[0], build_model(recipes[0]), ds_config
         )
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for number in tqdm(range(rounds + 2), "rounds"):
-        batch = random_batch(recipes[0], recipes[0].training.batch_size, number)
+        batch = random_batch(recipes[0], recipes[0].training.batch_size, number).to(device)
         for name, step in variants.items():
             start = time.perf_counter()
             step(batch)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             if number >= 2:
                 seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
@@ -96,26 +96,24 @@ def bench_step(recipes: list[Recipe], stages: list[int], rounds: int) -> dict[st
         "all_seconds": seconds,
         "moe_over_dense": _ratio(seconds, plain, last),
         "engine_over_plain": {
-            f"zero{stage}": _ratio(seconds, f"{recipes[0].name}/zero{stage}", plain)
-            for stage in stages
+            name: _ratio(seconds, f"{recipes[0].name}/{name}", plain) for name in ds_configs
         },
         "tokens_per_step": recipes[0].training.batch_size * recipes[0].data.sequence_length,
         "threads": torch.get_num_threads(),
     }
 
 
-def peak_memory_of_one_step(recipe: Recipe, stage: int | None) -> dict[str, Any]:
+def peak_memory_of_one_step(recipe: Recipe, ds_config: dict[str, Any] | None) -> dict[str, Any]:
     """Peak resident bytes of this process over one training step, and before the model was built.
-    Call it in a fresh process: a peak never falls. `stage` None is plain torch."""
-    if stage is not None:
+    Call it in a fresh process: a peak never falls. `ds_config` None is plain torch. On the CPU."""
+    if ds_config is not None:
         start_processes()
     before = _peak_bytes()
     model = build_model(recipe)
-    step = plain_step(recipe, model) if stage is None else engine_step(recipe, model, stage)
+    step = plain_step(recipe, model) if ds_config is None else engine_step(recipe, model, ds_config)
     step(random_batch(recipe, recipe.training.batch_size, 0))
     return {
         "recipe": recipe.name,
-        "variant": "torch" if stage is None else f"zero{stage}",
         "micro_batch_size": recipe.training.batch_size,
         "peak_bytes": _peak_bytes(),
         "peak_bytes_before_model": before,

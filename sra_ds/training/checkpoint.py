@@ -4,10 +4,11 @@
                        model.safetensors  all weights and buffers, for everything but resuming
                        trainer.json       step, controllers, best result
                        deepspeed/         DeepSpeed's own files, one part per process
-    checkpoints/best/                     the same without deepspeed/
-    checkpoints/latest                    name of the newest complete one, replaced last
+    checkpoints/best -> best-<step>/      the same without deepspeed/, a link
+    checkpoints/latest                    name of the newest complete one
 
-Everything is written into `<name>.partial`, verified, and renamed. DeepSpeed reads its files with
+Everything is written into `<name>.partial`, counted and hashed, and renamed; link and name are replaced
+atomically after that. DeepSpeed reads its files with
 pickle, so they are opened only from the run's own directory and after their hashes matched.
 """
 
@@ -54,7 +55,7 @@ def save_checkpoint(
     Raises `CheckpointError` if a part is missing afterwards; nothing complete is touched then.
     """
     partial = folder.with_name(folder.name + ".partial")
-    first = _rank() == 0
+    first = is_first()
     if first:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -68,7 +69,7 @@ def save_checkpoint(
             write_atomically(partial / TRAINER, json.dumps(trainer))
             _write_manifest(partial, layout, with_engine=engine is not None)
             _replace_folder(partial, folder)
-    except (OSError, RuntimeError, SafetensorError):
+    except (OSError, RuntimeError, SafetensorError, CheckpointError):
         shutil.rmtree(partial, ignore_errors=True)  # give its space back
         raise
     _barrier()
@@ -79,11 +80,28 @@ def point_latest_at(folder: Path) -> None:
     write_atomically(folder.parent / "latest", folder.name)
 
 
-def prune(checkpoints: Path, keep: int) -> None:
-    """Delete all but the newest `keep` numbered checkpoints and what a crash left half-written."""
+def point_best_at(folder: Path) -> None:
+    """Make `best` a link to the folder and delete the one it replaces; rank 0 only."""
+    link = folder.parent / "best.partial"
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder.name)
+    os.replace(link, folder.parent / "best")
+    for older in folder.parent.glob("best-*"):
+        if older.name != folder.name:
+            shutil.rmtree(older, ignore_errors=True)
+
+
+def prune(checkpoints: Path, keep: int, newest: int) -> None:
+    """Delete all but the last `keep` checkpoints up to step `newest`, those of later steps that a
+    damaged run left, and what a crash left half-written."""
     for leftover in checkpoints.glob("*.partial"):
-        shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
-    for step in numbered(checkpoints)[:-keep]:
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink()
+    steps = numbered(checkpoints)
+    kept = [step for step in steps if step <= newest][-keep:]
+    for step in set(steps).difference(kept):
         shutil.rmtree(checkpoints / str(step), ignore_errors=True)
 
 
@@ -92,14 +110,17 @@ def numbered(checkpoints: Path) -> list[int]:
     return sorted(int(path.name) for path in checkpoints.glob("*") if path.name.isdigit())
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose every file matches it; raises `CheckpointError`."""
+def verify(folder: Path, only: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The manifest of a checkpoint whose every file (or those named) matches it; raises
+    `CheckpointError`."""
     manifest: dict[str, Any] = read_json(folder / MANIFEST)
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise CheckpointError(
             f"{folder}: schema version {manifest.get('schema_version')} is unknown"
         )
     for name, entry in manifest["files"].items():
+        if only and name not in only:
+            continue
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path} is missing")
@@ -138,14 +159,16 @@ def require_layout(manifest: dict[str, Any], layout: Layout, folder: Path) -> No
 
 def load_engine(engine: Any, folder: Path) -> dict[str, Any]:
     """Resume the engine from a verified checkpoint; returns the trainer's state. Collective."""
-    engine.load_checkpoint(str(folder), tag=ENGINE)
+    loaded, _ = engine.load_checkpoint(str(folder), tag=ENGINE)
+    if loaded is None:
+        raise CheckpointError(f"{folder}: DeepSpeed could not load its files")
     trainer: dict[str, Any] = read_json(folder / TRAINER)
     return trainer
 
 
 def load_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(weights, trainer state) of a verified checkpoint, without DeepSpeed and without pickle."""
-    verify(folder)
+    verify(folder, only=(WEIGHTS, TRAINER))
     try:
         return load_file(folder / WEIGHTS), read_json(folder / TRAINER)
     except SafetensorError as error:
@@ -168,12 +191,14 @@ def choose(checkpoints: Path, which: str = "best") -> Path:
 
 def _write_manifest(folder: Path, layout: Layout, with_engine: bool) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    parts = [path for path in files if path.name.endswith("_optim_states.pt")]
-    expected = layout.world_size if with_engine and layout.zero_stage > 0 else 0
-    if len(parts) != expected:
-        raise CheckpointError(
-            f"{folder}: {len(parts)} optimizer parts written, expected {expected}"
-        )
+    expected = {
+        "_optim_states.pt": layout.world_size if layout.zero_stage > 0 else 0,
+        "_model_states.pt": layout.world_size if layout.zero_stage == 3 else 1,
+    }
+    for ending, count in expected.items() if with_engine else ():
+        written = sum(path.name.endswith(ending) for path in files)
+        if written != count:
+            raise CheckpointError(f"{folder}: {written} *{ending} written, expected {count}")
     entries = {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         for path in files
@@ -187,16 +212,13 @@ def _replace_folder(partial: Path, folder: Path) -> None:
         if path.is_file():
             with path.open("rb") as stream:
                 os.fsync(stream.fileno())
-    old = folder.with_name(folder.name + ".old.partial")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
+    shutil.rmtree(folder, ignore_errors=True)  # a damaged one of the same step
     os.replace(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+def is_first() -> bool:
+    """Whether this is rank 0, or the only process."""
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def _barrier() -> None:

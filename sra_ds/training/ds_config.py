@@ -17,6 +17,9 @@ RECIPE_ONLY = {
     "optimizer": "training.optimizer",
     "scheduler": "training.schedule",
     "fp16": "training.precision (fp32 or bf16)",
+    "amp": "training.precision",
+    "torch_autocast": "training.precision",
+    "curriculum_learning": "data",
     "expert_parallel": "parallel.expert_parallel_size",
     "data_efficiency": "data",
     "activation_checkpointing": "training.activation_checkpointing",
@@ -64,6 +67,9 @@ def read_ds_config(path: Path) -> dict[str, Any]:
         raise ConfigError(f"--deepspeed {path}: not valid JSON ({error})") from None
     if not isinstance(config, dict):
         raise ConfigError(f"--deepspeed {path}: expected a JSON object")
+    zero = config.get("zero_optimization", {})
+    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+        raise ConfigError(f"--deepspeed {path}: zero_optimization.stage must be 0, 1, 2 or 3")
     return config
 
 

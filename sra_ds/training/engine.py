@@ -1,6 +1,5 @@
 """The one place where DeepSpeed takes over the model."""
 
-import logging
 from typing import Any
 
 import deepspeed
@@ -41,12 +40,6 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
 
 
-def start_processes() -> None:
-    """Join the other processes of the run; first use compiles DeepSpeed's shared-memory op on CPUs."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    deepspeed.init_distributed(verbose=False)
-
-
 def build_engine(model: LanguageModel, recipe: Recipe, ds_config: dict[str, Any]) -> Any:
     """A `DeepSpeedEngine` around the model, at any ZeRO stage."""
     model.recompute = recipe.training.activation_checkpointing
@@ -85,3 +78,12 @@ def full_state(engine: Any) -> dict[str, Tensor]:
         elif keep:
             state[name] = engine.module.get_buffer(name).detach().cpu().clone()
     return state
+
+
+def plain_gradient_norm(engine: Any) -> float | None:
+    """Norm of the gradients about to be applied, where DeepSpeed will not tell it (stage 0 without
+    clipping); None elsewhere."""
+    if engine.zero_optimization() or engine.gradient_clipping():
+        return None
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))

@@ -41,8 +41,9 @@ def prepare_process() -> None:
     if programs not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join([programs, os.environ.get("PATH", "")])
     if "OMP_NUM_THREADS" not in os.environ:
-        neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
+        # torchrun and the DeepSpeed launcher name it differently
+        neighbours = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(neighbours)))
     keep_freed_memory()
     refuse_stale_build_locks()
 

@@ -13,29 +13,49 @@ from sra_ds.model.language_model import ModelOutput
 from sra_ds.moe.routing import Routing
 
 WINDOW_TOKENS = 1_000_000
+BUCKETS = 32
+NOT_FORWARD = "the gradient (the forward pass is finite)"
 
 
 class RecentLoad:
-    """Routes per layer and expert over the newest steps that hold at least a million tokens."""
+    """Routes per layer and expert over the newest steps that hold at least a million tokens, kept in
+    about 32 buckets, so that a checkpoint can carry them."""
 
     def __init__(self, window_tokens: int = WINDOW_TOKENS) -> None:
         self.window_tokens = window_tokens
         self.tokens = 0
         self.load_LE: Tensor | None = None
-        self._steps: deque[tuple[int, Tensor]] = deque()
+        self._buckets: deque[tuple[int, Tensor]] = deque()
 
     def add(self, routings: Sequence[Routing], tokens: int) -> None:
         """One micro-batch of `tokens` valid tokens over all ranks."""
         if not routings:
             return
         load_LE = torch.stack([r.load_E for r in routings]).detach().double().cpu()
-        self._steps.append((tokens, load_LE))
+        if self._buckets and self._buckets[-1][0] + tokens <= self.window_tokens // BUCKETS:
+            last_tokens, last_LE = self._buckets.pop()
+            self._buckets.append((last_tokens + tokens, last_LE + load_LE))
+        else:
+            self._buckets.append((tokens, load_LE))
         self.tokens += tokens
         self.load_LE = load_LE.clone() if self.load_LE is None else self.load_LE + load_LE
-        while self.tokens - self._steps[0][0] >= self.window_tokens:
-            old_tokens, old_LE = self._steps.popleft()
+        while self.tokens - self._buckets[0][0] >= self.window_tokens:
+            old_tokens, old_LE = self._buckets.popleft()
             self.tokens -= old_tokens
             self.load_LE = self.load_LE - old_LE
+
+    def state_dict(self) -> list[Any]:
+        """The buckets as plain JSON values."""
+        return [[tokens, load_LE.tolist()] for tokens, load_LE in self._buckets]
+
+    def load_state_dict(self, buckets: list[Any]) -> None:
+        """Take back what `state_dict` gave."""
+        self._buckets.clear()
+        for tokens, load in buckets:
+            self._buckets.append((tokens, torch.tensor(load, dtype=torch.float64)))
+        self.tokens = sum(tokens for tokens, _ in self._buckets)
+        if self._buckets:
+            self.load_LE = torch.stack([load_LE for _, load_LE in self._buckets]).sum(0)
 
     def summary(self) -> dict[str, Any] | None:
         """Health of every layer; `dead_fraction` is over all layers at the stricter definition (fewer
@@ -85,4 +105,4 @@ def first_non_finite(engine: Any, batch: Batch) -> str:
         return found[0]
     if output.loss_sum is not None and not torch.isfinite(output.loss_sum):
         return "head"
-    return "the gradient (the forward pass is finite)"
+    return NOT_FORWARD

@@ -81,6 +81,7 @@ def _start_wandb(path: Path, recipe: Recipe) -> Any:
         dir=str(path),
         config=recipe.model_dump(mode="json"),
         mode="online" if online else "offline",
+        id=path.name,
         resume="allow",
     )
 

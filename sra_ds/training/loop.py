@@ -19,18 +19,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sra_ds.config import Recipe
-from sra_ds.data.loader import TrainingWindows
+from sra_ds.data.loader import Batch, TrainingWindows
 from sra_ds.errors import TrainingError
 from sra_ds.losses import auxiliary_losses, total_loss
-from sra_ds.metrics import load_summary, over_ranks
+from sra_ds.metrics import load_summary
 from sra_ds.model.counting import flops_per_token
 from sra_ds.moe.routing import Routing
 from sra_ds.training import checkpoint
 from sra_ds.training.controllers import Controller, current_top_k, learning_rate
 from sra_ds.training.ds_config import BatchPlan
-from sra_ds.training.engine import full_state, set_learning_rate
-from sra_ds.training.health import RecentLoad, first_non_finite
+from sra_ds.training.engine import full_state, plain_gradient_norm, set_learning_rate
+from sra_ds.training.health import NOT_FORWARD, RecentLoad, first_non_finite
 from sra_ds.training.logging import RunLog
+from sra_ds.training.processes import from_all, over_ranks, several
 from sra_ds.training.run_dir import RunDir
 from sra_ds.training.stop import StopRequest
 
@@ -93,6 +94,7 @@ class Trainer:
         """Continue from a checkpoint's trainer state."""
         self.step = self._saved_step = state["step"]
         self.seconds, self.best = state["seconds"], state["best"]
+        self.recent.load_state_dict(state["recent_load"])
         for name, controller in self.controllers.items():
             controller.load_state_dict(state["controllers"][name])
 
@@ -134,6 +136,7 @@ class Trainer:
         line = {
             "step": self.step,
             "tokens": self.step * self._tokens_per_step,
+            "epoch": self.step * self.batches.batch_size / self.windows.count,
             "loss": facts.loss,
             "cross_entropy": facts.cross_entropy,
             "auxiliary": facts.terms,
@@ -162,9 +165,7 @@ class Trainer:
         output = None
         for micro in range(self.batches.accumulation):
             torch.manual_seed(_seed(self.recipe.training.seed, self.step, micro, self.rank))
-            batch = self.windows.batch(
-                self.step, self.batches.batch_size, self.batches.rank_slice(micro, self.rank)
-            ).to(self.device)
+            batch = self._batch(micro)
             output = self.engine(*batch)
             routings = over_ranks(output.routings)
             assert output.loss_sum is not None and output.token_count is not None
@@ -178,24 +179,36 @@ class Trainer:
                     sums.get(name, 0.0) + value.detach().double() / self.batches.accumulation
                 )
             means = _mean_over_ranks(sums) if micro == self.batches.accumulation - 1 else {}
-            self._require_finite(means.get("loss", 0.0), batch, "loss")
+            self._require_finite(means.get("loss", 0.0), "loss")
             self.engine.backward(loss)
+            norm = plain_gradient_norm(self.engine)
             self.engine.step()
             self.recent.add(routings, batch.ids_BT.numel() * self.batches.world_size)
             step_routings = _add_loads(step_routings, routings)
         assert output is not None
-        norm = float(self.engine.get_global_grad_norm() or 0.0)
-        self._require_finite(norm, batch, "gradient norm")
+        norm = float(self.engine.get_global_grad_norm() or 0.0) if norm is None else norm
+        self._require_finite(norm, "gradient norm")
         facts = {name: float(value) for name, value in output.facts.items()}
         terms_only = {k: v for k, v in means.items() if k not in ("loss", "cross_entropy")}
         return StepFacts(
             means["loss"], means["cross_entropy"], terms_only, norm, step_routings, facts
         )
 
-    def _require_finite(self, value: float, batch: Any, what: str) -> None:
+    def _batch(self, micro: int) -> Batch:
+        """This rank's part of micro-batch `micro` of the current step."""
+        part = self.batches.rank_slice(micro, self.rank)
+        return self.windows.batch(self.step, self.batches.batch_size, part).to(self.device)
+
+    def _require_finite(self, value: float, what: str) -> None:
+        """Stop with the name of the first part, on any rank and micro-batch, that is not finite."""
         if math.isfinite(value):
             return
-        where = first_non_finite(self.engine, batch)
+        found = [
+            name
+            for micro in range(self.batches.accumulation)
+            for name in from_all(first_non_finite(self.engine, self._batch(micro)))
+        ]
+        where = next((name for name in found if name != NOT_FORWARD), NOT_FORWARD)
         raise TrainingError(
             f"{what} is {value} at step {self.step + 1}, first in {where}; the checkpoints before it are "
             "kept: lower training.optimizer.learning_rate or raise training.schedule.warmup_steps, then "
@@ -236,19 +249,23 @@ class Trainer:
         self.engine.train()
         if summary is None:
             return None
-        log.record({"step": self.step, "validation": summary})
+        epoch = self.step * self.batches.batch_size / self.windows.count
+        log.record({"step": self.step, "epoch": epoch, "validation": summary})
         log.say(
             f"step {self.step}: validation token perplexity {summary['token_perplexity']:.2f}, "
             f"accuracy {summary['accuracy']:.3f}"
         )
         self._snapshot_routing()
-        if self.best is None or summary["nll_per_token"] < self.best["nll_per_token"]:
+        watched = "capped_nll_per_token"
+        if self.best is None or summary[watched] < self.best[watched]:
             self.best = {"step": self.step, **summary}
             if self.recipe.checkpoint.best:
-                folder = self.run_dir.checkpoints / "best"
+                folder = self.run_dir.checkpoints / f"best-{self.step}"
                 checkpoint.save_checkpoint(
                     folder, full_state(self.engine), self._state(), self.layout
                 )
+                if self.rank == 0:
+                    checkpoint.point_best_at(folder)
         return summary
 
     def _snapshot_routing(self) -> None:
@@ -266,7 +283,8 @@ class Trainer:
         self._saved_step = self.step
         if self.rank == 0:
             checkpoint.point_latest_at(folder)
-            checkpoint.prune(self.run_dir.checkpoints, self.recipe.checkpoint.keep)
+            keep = self.recipe.checkpoint.keep
+            checkpoint.prune(self.run_dir.checkpoints, keep, self.step)
         log.say(f"step {self.step}: saved {folder}")
 
     def _state(self) -> dict[str, Any]:
@@ -275,6 +293,7 @@ class Trainer:
             "tokens": self.step * self._tokens_per_step,
             "seconds": self.seconds,
             "best": self.best,
+            "recent_load": self.recent.state_dict(),
             "top_k": current_top_k(self.engine.module),
             "controllers": {name: c.state_dict() for name, c in self.controllers.items()},
         }
@@ -287,7 +306,7 @@ def _seed(*parts: int) -> int:
 
 def _mean_over_ranks(sums: dict[str, Tensor]) -> dict[str, float]:
     values = torch.stack([value.reshape(()) for value in sums.values()])
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if several():
         dist.all_reduce(values)
         values /= dist.get_world_size()
     return dict(zip(sums, values.tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""Memory of one process, from closed forms; the figures are compared with measured ones in the tests."""
+"""Memory of one process, estimated from closed forms."""
 
 import torch
 

@@ -4,16 +4,17 @@ recipe.yaml ds_config.json environment.json tokenizer.json metrics.jsonl summary
 checkpoints/<step>/ checkpoints/best/ checkpoints/latest routing/ evaluation/ figures/
 """
 
+import fcntl
 import importlib.metadata
 import json
 import os
 import platform
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sra_ds.config import Recipe, dump_recipe, load_recipe
-from sra_ds.errors import CheckpointError, ConfigError
+from sra_ds.errors import CheckpointError, ConfigError, SraError
 
 PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "safetensors")
 
@@ -57,38 +58,50 @@ class RunDir:
                     continue
         return lines
 
-    def drop_metrics_after(self, step: int) -> None:
-        """Forget lines of steps a resumed run will do again."""
-        kept = [line for line in self.metrics() if line.get("step", 0) <= step]
+    def drop_metrics_after(self, step: int, last: int) -> None:
+        """Forget what a run resumed after `step` will do again: later steps and the final evaluation,
+        which comes after the last step."""
+        kept = [
+            line
+            for line in self.metrics()
+            if line["step"] <= step and not ("validation" in line and line["step"] >= last)
+        ]
         write_atomically(self.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write_start(self, recipe: Recipe, ds_config: dict[str, Any], facts: dict[str, Any]) -> None:
         """What was asked for and where it runs."""
+        started = time.time()
+        if self.environment_file.is_file():
+            started = self.environment().get("started", started)
         for folder in (self.checkpoints, self.routing, self.evaluation, self.figures):
             folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.recipe_file, dump_recipe(recipe))
         write_atomically(self.ds_config_file, json.dumps(ds_config, indent=1))
         versions = {package: importlib.metadata.version(package) for package in PACKAGES}
-        environment = {"python": platform.python_version(), **versions, **facts}
+        python = platform.python_version()
+        environment = {"started": started, "python": python, **versions, **facts}
         write_atomically(self.environment_file, json.dumps(environment, indent=1))
 
 
 def new_run_dir(recipe: Recipe, root: Path = Path("runs")) -> RunDir:
-    """`runs/<recipe>-<timestamp>`, the same for every process of a launch."""
-    stamp = os.environ.setdefault("SRA_RUN_STAMP", time.strftime("%Y%m%d-%H%M%S"))
-    return RunDir(root / f"{recipe.name}-{stamp}")
+    """`runs/<recipe>-<timestamp>`; the processes of a launch agree on rank 0's."""
+    return RunDir(root / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def newest_run(name: str, root: Path = Path("runs")) -> RunDir:
-    """The most recently started run of a recipe that has a checkpoint."""
-    found = [
-        path.parent.parent
-        for path in root.glob("*/checkpoints/latest")
-        if RunDir(path.parent.parent).recipe().name == name
-    ]
+    """The most recently started run of a recipe that has a checkpoint; unreadable folders are passed
+    over."""
+    found: list[tuple[float, RunDir]] = []
+    for path in {manifest.parents[2] for manifest in root.glob("*/checkpoints/*/manifest.json")}:
+        try:
+            run = open_run(path)
+            if run.recipe().name == name:
+                found.append((run.environment().get("started", 0.0), run))
+        except SraError:
+            continue
     if not found:
         raise CheckpointError(f"no run of recipe {name!r} with a checkpoint under {root}/")
-    return RunDir(max(found, key=lambda path: path.stat().st_mtime))
+    return max(found, key=lambda pair: pair[0])[1]
 
 
 def open_run(path: Path) -> RunDir:
@@ -98,11 +111,24 @@ def open_run(path: Path) -> RunDir:
     return RunDir(path)
 
 
+def claim(run: RunDir) -> IO[str]:
+    """Hold the run for this process until the returned file is closed or the process ends; raises
+    `ConfigError` if another process trains there."""
+    run.path.mkdir(parents=True, exist_ok=True)
+    stream = (run.path / "lock").open("w")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(
+            f"{run.path}: another process is training there; choose another --run"
+        ) from None
+    return stream
+
+
 def refuse_overwriting(run: RunDir) -> None:
-    """A new run must not bury an old one; what failed before its first checkpoint may go."""
+    """A new run must not bury an old one; what failed before its first checkpoint is no run yet."""
     if any(run.checkpoints.glob("*/manifest.json")) or run.summary_file.exists():
         raise ConfigError(f"{run.path} already holds a run; use --resume, or another --run")
-    run.metrics_file.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> Any:

@@ -16,7 +16,7 @@ import sra_ds
 from references import randomise
 from sra_ds.config import Recipe, dump_recipe
 from sra_ds.config.loading import load_recipe
-from sra_ds.config.losses import BalanceConfig, DispersionConfig
+from sra_ds.config.losses import BalanceConfig, DispersionConfig, LossesConfig
 from sra_ds.config.model import CosineRouterConfig, MoEChannelConfig
 from sra_ds.data.loader import Batch
 from sra_ds.errors import ConfigError
@@ -150,8 +150,7 @@ def test_trap_v1_3_squared_dispersion_pushes_two_near_anchors_apart() -> None:
 
 
 def test_trap_v1_4_the_linear_router_runs_and_has_no_anchors(tiny_recipe: Builder) -> None:
-    losses = {"dispersion": {"kind": "signed", "weight": 0.6}}
-    recipe = tiny_recipe("moe-linear", routed({"gate": "all"}, losses=losses))
+    recipe = tiny_recipe("moe-linear", routed({"gate": "all"}))
     model = build_model(recipe)
     output = model(*batch())
     output.loss_sum.backward()
@@ -159,7 +158,10 @@ def test_trap_v1_4_the_linear_router_runs_and_has_no_anchors(tiny_recipe: Builde
     assert not any("anchor" in name for name in model.state_dict())
     assert output.anchor_grams == []
     assert all(routing.temperature is None for routing in output.routings)
-    assert auxiliary_losses(output.routings, recipe.losses) == {}
+    dispersion = LossesConfig(dispersion={"kind": "signed", "weight": 0.6})
+    assert auxiliary_losses(output.routings, dispersion) == {}
+    with pytest.raises(ConfigError, match="needs a router with anchors"):
+        tiny_recipe("moe-linear", {"losses": {"dispersion": {"kind": "signed", "weight": 0.6}}})
 
 
 def test_trap_v1_4_random_anchors_are_frozen_saved_and_reported_as_they_are(
@@ -341,7 +343,7 @@ def test_trap_v2_3_only_the_start_of_a_run_seeds_anchors() -> None:
         for file in root.rglob("*.py")
         if re.search(r"\bseed_anchors\b", file.read_text(encoding="utf-8"))
     }
-    assert users == {"training", "workflow.py"}
+    assert users == {"training", "workflow"}
 
 
 def test_trap_v2_3_seeded_anchors_are_normalised_router_inputs_of_valid_tokens(

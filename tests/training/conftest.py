@@ -43,9 +43,9 @@ def interrupted(finished, tmp_path):
 
     def at_stage(stage):
         run = tmp_path / f"interrupted{stage}"
-        shutil.copytree(finished(stage), run)
-        for later in ("12", "best"):
-            shutil.rmtree(run / "checkpoints" / later)
+        shutil.copytree(finished(stage), run, symlinks=True)
+        shutil.rmtree(run / "checkpoints" / "12")
+        (run / "checkpoints" / "best").unlink()
         (run / "summary.json").unlink()
         (run / "checkpoints" / "latest").write_text("8")
         return run

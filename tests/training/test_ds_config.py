@@ -71,7 +71,14 @@ def test_batches_that_do_not_divide_are_refused(recipe, batch, micro, world):
         plan_batches(recipe.model_copy(update={"training": training}), world)
 
 
-@pytest.mark.parametrize(("text", "says"), [("{", "not valid JSON"), ("[]", "a JSON object")])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "a JSON object"),
+        ('{"zero_optimization": 2}', "stage must be"),
+    ],
+)
 def test_a_bad_json_is_named(tmp_path, text, says):
     path = tmp_path / "bad.json"
     path.write_text(text)

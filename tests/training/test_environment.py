@@ -54,15 +54,16 @@ def test_prebuild_is_done_already():
     ],
 )
 def test_limits_of_the_machine_give_a_remedy_in_one_line(error, says, tmp_path):
-    from sra_ds import workflow
     from sra_ds.training.ds_config import BatchPlan
     from sra_ds.training.run_dir import RunDir
+    from sra_ds.workflow.resolve import Resolved
+    from sra_ds.workflow.train import _remedy
 
     plan = BatchPlan(8, 8, 1, 1)
-    resolved = workflow.Resolved(None, {}, plan, torch.device("cpu"), torch.float32, {})
-    text = workflow._remedy(error, resolved, RunDir(tmp_path / "run"))
+    resolved = Resolved(None, {}, plan, torch.device("cpu"), torch.float32, {})
+    text = _remedy(error, resolved, RunDir(tmp_path / "run"))
     assert says in text and "\n" not in text
-    assert workflow._remedy(ValueError("a bug"), resolved, RunDir(tmp_path / "run")) is None
+    assert _remedy(ValueError("a bug"), resolved, RunDir(tmp_path / "run")) is None
 
 
 def test_recent_load_covers_the_newest_window():

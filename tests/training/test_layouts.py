@@ -1,10 +1,11 @@
 """What a run computes does not depend on the ZeRO stage, the processes or the micro-batch."""
 
 import json
+import sys
 
 import pytest
 
-from commands import launch, losses, train
+from commands import ROOT, TRAIN, call, launch, losses, train
 
 SGD = ("training.optimizer.kind=sgd", "training.optimizer.learning_rate=0.02", "training.steps=6")
 SHORT = ("evaluation.every=0", "checkpoint.every=0")
@@ -71,3 +72,25 @@ def test_bf16_follows_fp32_at_stage_2(tiny, finished, tmp_path):
     assert result.returncode == 0, result.stderr
     assert losses(run) == pytest.approx(losses(finished(0)), abs=0.05)
     assert losses(run)[-1] < losses(run)[0]
+
+
+def test_processes_agree_on_a_run_directory_of_their_own(tiny, tmp_path):
+    result = launch(2, "--recipe", tiny / "tiny.yaml", *SGD, *SHORT, stage=2, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
+def test_offload_and_compilation_change_no_loss(tiny, finished, tmp_path):
+    arguments = ("training.top_k_schedule=[[0,1],[0.5,2]]", "training.selection_bias_rate=0.01")
+    offload = call(
+        sys.executable, TRAIN, "--deepspeed", ROOT / "ds_configs" / "zero2_offload.json",
+        "--recipe", tiny / "tiny.yaml", "--run", tmp_path / "offload", *arguments,
+    )  # fmt: skip
+    assert offload.returncode == 0, offload.stderr
+    assert losses(tmp_path / "offload") == pytest.approx(losses(finished(2)), abs=2e-6)
+    compiled = train(
+        "--recipe", tiny / "tiny.yaml", "--run", tmp_path / "compiled", *arguments,
+        "training.compile=true",
+    )  # fmt: skip
+    assert compiled.returncode == 0, compiled.stderr
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(finished(0)), abs=1e-5)

@@ -19,6 +19,10 @@ def weights(run, step):
     return load_file(run / "checkpoints" / str(step) / "model.safetensors")
 
 
+def summary(run):
+    return json.loads((run / "summary.json").read_text())
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_resume_is_bit_for_bit(finished, interrupted, stage):
     run = interrupted(stage)
@@ -27,11 +31,14 @@ def test_resume_is_bit_for_bit(finished, interrupted, stage):
     assert facts(run) == facts(finished(stage))
     ours, theirs = weights(run, 12), weights(finished(stage), 12)
     assert all((ours[name] == theirs[name]).all() for name in theirs)
+    for part in ("experts", "validation", "tokens"):
+        assert summary(run)[part] == summary(finished(stage))[part]
 
 
 def test_resume_without_run_takes_the_newest_of_the_recipe(interrupted, tmp_path, tiny):
     (tmp_path / "runs").mkdir()
     shutil.move(interrupted(0), tmp_path / "runs" / "tiny-1")
+    (tmp_path / "runs" / "foreign" / "checkpoints").mkdir(parents=True)
     result = train("--resume", "--recipe", tiny / "tiny.yaml", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "runs" / "tiny-1" / "summary.json").is_file()
@@ -49,10 +56,60 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(finished, interr
     assert facts(run) == facts(finished(2))
 
 
-def test_another_layout_is_refused(interrupted):
-    result = train("--resume", "--run", interrupted(2), stage=1)
+def test_another_layout_is_refused_and_the_run_is_left_as_it_was(interrupted):
+    run = interrupted(2)
+    before = {p: p.read_bytes() for p in run.glob("*.*") if p.is_file()}
+    result = train("--resume", "--run", run, stage=1)
     assert result.returncode == 2
     assert "ZeRO stage 2" in result.stderr and "--init-from" in result.stderr
+    assert before == {p: p.read_bytes() for p in run.glob("*.*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    "override", ["model.layers=3", "training.batch_size=4", "training.selection_bias_rate=0.5"]
+)
+def test_an_override_that_makes_it_another_run_is_refused(interrupted, override):
+    result = train("--resume", "--run", interrupted(0), override)
+    assert result.returncode == 2
+    assert override.split("=")[0] in result.stderr and "--init-from" in result.stderr
+
+
+def test_a_finished_run_is_not_done_again(finished):
+    run = finished(0)
+    before = (run / "metrics.jsonl").read_bytes()
+    result = train("--resume", "--run", run, "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == summary(run)
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_two_processes_do_not_train_in_one_run(tiny, tmp_path):
+    from sra_ds.errors import ConfigError
+    from sra_ds.training.run_dir import RunDir, claim
+
+    with claim(RunDir(tmp_path / "run")), pytest.raises(ConfigError, match="another process"):
+        claim(RunDir(tmp_path / "run"))
+
+
+def test_pruning_keeps_what_latest_names(tmp_path):
+    from sra_ds.training.checkpoint import numbered, prune
+
+    for step in (2, 4, 8):
+        (tmp_path / str(step)).mkdir()
+    (tmp_path / "6.partial").mkdir()
+    prune(tmp_path, keep=1, newest=4)  # 8 was damaged, the run went on from an older one
+    assert numbered(tmp_path) == [4]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_best_is_replaced_in_one_step(tmp_path):
+    from sra_ds.training.checkpoint import point_best_at
+
+    for step in (5, 9):
+        (tmp_path / f"best-{step}").mkdir()
+        point_best_at(tmp_path / f"best-{step}")
+        assert (tmp_path / "best").resolve().name == f"best-{step}"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "best-9"]
 
 
 def test_another_corpus_is_refused(interrupted):
@@ -69,10 +126,18 @@ def test_init_from_starts_anew_from_weights(finished, tiny, tmp_path):
     source = finished(0)
     run = tmp_path / "next"
     result = train(
-        "--recipe", tiny / "tiny.yaml", "--run", run, "--init-from", source, "training.steps=4"
+        "--recipe",
+        tiny / "tiny.yaml",
+        "--run",
+        run,
+        "--init-from",
+        source,
+        "training.steps=4",
+        "model.channel.top_k=1",
     )
     assert result.returncode == 0, result.stderr
     assert step_lines(run)[0]["step"] == 1
+    assert {line["top_k"] for line in step_lines(run)} == {1}
     assert step_lines(run)[0]["cross_entropy"] < step_lines(source)[0]["cross_entropy"] - 0.1
 
 
@@ -87,7 +152,8 @@ def test_only_the_newest_checkpoints_are_kept(tiny, tmp_path):
     arguments = ("checkpoint.keep=1", "checkpoint.every=2", "training.steps=6")
     assert train("--recipe", tiny / "tiny.yaml", "--run", run, *arguments).returncode == 0
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
-    assert names == ["6", "best", "latest"]
+    assert [name for name in names if not name.startswith("best-")] == ["6", "best", "latest"]
+    assert (run / "checkpoints" / "best" / "model.safetensors").is_file()
 
 
 def test_a_run_that_diverges_names_step_and_part_and_keeps_its_checkpoints(tiny, tmp_path):

@@ -1,0 +1,77 @@
+"""The processes of one run: joining, agreeing, and statistics over all of them."""
+
+import logging
+from collections.abc import Sequence
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from sra_ds.moe.routing import Routing
+
+
+def start_processes() -> None:
+    """Join the other processes of the run; first use compiles DeepSpeed's shared-memory op on CPUs."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed.init_distributed(verbose=False)
+
+
+def finish_processes() -> None:
+    """Leave the process group so that no rank waits for one that is gone."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def several() -> bool:
+    """Whether this run has more than one process."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def from_first(text: str) -> str:
+    """Rank 0's text, on every rank. Collective."""
+    shared = [text]
+    if several():
+        dist.broadcast_object_list(shared, src=0)
+    return shared[0]
+
+
+def from_all(text: str) -> list[str]:
+    """Every rank's text, by rank. Collective."""
+    if not several():
+        return [text]
+    texts = [""] * dist.get_world_size()
+    dist.all_gather_object(texts, text)
+    return texts
+
+
+def over_ranks(routings: Sequence[Routing]) -> list[Routing]:
+    """Routing statistics of all data ranks instead of this one, with this rank's gradient.
+
+    p = p_global.detach() + p_local - p_local.detach(): after gradients are averaged over ranks this is
+    the gradient of a loss of the global mean, so auxiliary losses do not depend on the world size. One
+    collective for all layers. Without processes the statistics are returned as they are.
+    """
+    if not (several() and routings):
+        return list(routings)
+    world = dist.get_world_size()
+    local = [
+        torch.cat([r.load_E, r.mean_probs_E.detach() * r.valid_count, r.valid_count.view(1)])
+        for r in routings
+    ]
+    flat = torch.cat(local)
+    dist.all_reduce(flat)
+    result = []
+    for routing, summed in zip(routings, flat.split([len(part) for part in local]), strict=True):
+        experts = len(routing.load_E)
+        load_E, probs_E, count = summed.split([experts, experts, 1])
+        mean_E = probs_E / count.clamp(min=1)
+        # the loss is divided by the mean count of a rank, as gradients are averaged, not summed
+        own_E = routing.mean_probs_E * (routing.valid_count * world / count.clamp(min=1))
+        result.append(
+            routing._replace(
+                load_E=load_E,
+                mean_probs_E=mean_E + own_E - own_E.detach(),
+                valid_count=count.squeeze(0) / world,
+            )
+        )
+    return result

@@ -1,0 +1,69 @@
+"""Whether and from where a run can go on, decided before anything is touched."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sra_ds.config import Recipe
+from sra_ds.errors import ConfigError
+from sra_ds.training import checkpoint
+from sra_ds.training.processes import from_first
+from sra_ds.training.run_dir import RunDir, read_json
+
+MAY_CHANGE = (
+    "description",
+    "data.directory",
+    "training.steps",
+    "training.micro_batch_size",
+    "training.gradient_clipping",
+    "training.optimizer.",
+    "training.schedule.",
+    "training.activation_checkpointing",
+    "training.compile",
+    "evaluation.",
+    "checkpoint.",
+    "logging.",
+)
+
+
+class Resumed(NamedTuple):
+    """The checkpoint a run goes on from, and why newer ones were passed over."""
+
+    folder: Path
+    step: int
+    problems: list[str]
+
+
+def choose_checkpoint(run: RunDir, recipe: Recipe, layout: checkpoint.Layout) -> Resumed:
+    """Rank 0's choice, checked against recipe and layout by every rank. Collective.
+
+    Raises `CheckpointError` for a run without a complete checkpoint or of another layout and
+    `ConfigError` for an override that would make it another run.
+    """
+    require_same_run(run.recipe(), recipe)
+    found, problems = "", [""]
+    if layout.world_size == 1 or checkpoint.is_first():
+        folder, _, problems = checkpoint.newest_complete(run.checkpoints)
+        found = str(folder)
+    folder = Path(from_first(found))
+    manifest = read_json(folder / checkpoint.MANIFEST)
+    checkpoint.require_layout(manifest, layout, folder)
+    return Resumed(folder, read_json(folder / checkpoint.TRAINER)["step"], problems)
+
+
+def require_same_run(before: Recipe, now: Recipe) -> None:
+    """Raise `ConfigError` for the first key that may not change on resume."""
+    old, new = _leaves(before.model_dump(mode="json")), _leaves(now.model_dump(mode="json"))
+    for path in sorted(old.keys() | new.keys()):
+        if old.get(path) != new.get(path) and not path.startswith(MAY_CHANGE):
+            raise ConfigError(
+                f"{path}={new.get(path)} differs from the run's {old.get(path)}; a resumed run keeps "
+                "it: start a new run from its weights with --init-from"
+            )
+
+
+def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix.removesuffix("."): tree}
+    return {
+        k: v for key, value in tree.items() for k, v in _leaves(value, f"{prefix}{key}.").items()
+    }

@@ -1,0 +1,73 @@
+"""What a finished run leaves for people: figures, sample texts and `summary.json`, from its files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from sra_ds.analysis.plots import draw_run
+from sra_ds.evaluation.run import Scoring, open_corpus, score_legacy
+from sra_ds.inference.generate import generate
+from sra_ds.inference.load import LoadedRun, load_run
+from sra_ds.model.counting import count_parameters
+from sra_ds.training.loop import Outcome
+from sra_ds.training.run_dir import RunDir, write_atomically
+from sra_ds.workflow.resolve import Resolved
+
+
+def report(run: RunDir, resolved: Resolved, outcome: Outcome) -> dict[str, Any]:
+    """Write everything and return the summary."""
+    loaded = load_run(run.path, "latest", resolved.device)
+    recipe = resolved.recipe
+    validation = {**(outcome.validation or {}), "legacy_sra_perplexity": None}
+    if recipe.evaluation.legacy_sra:
+        split = open_corpus(loaded).split(Scoring().split)
+        legacy = score_legacy(loaded, split, resolved.device)
+        validation["legacy_sra_perplexity"] = legacy.get("perplexity")
+        write_atomically(run.evaluation / "legacy_sra.json", json.dumps(legacy, indent=1))
+    draw_figures(loaded, run)
+    tokens = outcome.step * resolved.batches.batch_size * recipe.data.sequence_length
+    counts = count_parameters(loaded.model)
+    summary = {
+        "recipe": recipe.name,
+        "run": str(run.path),
+        "steps": outcome.step,
+        "tokens": tokens,
+        "seconds": outcome.seconds,
+        "tokens_per_second": tokens / max(outcome.seconds, 1e-9),
+        "params": {"total": counts["total"], "active": counts["active"]},
+        "validation": validation,
+        "experts": outcome.experts,
+        "best": outcome.best,
+        "device": f"{resolved.device} ({resolved.reasons['device']})",
+        "kernel": "torch grouped_mm" if loaded.model.routers() else "torch mm",
+        "corpus_fingerprint": run.environment()["corpus_fingerprint"],
+        "samples": write_samples(loaded, run),
+    }
+    write_atomically(run.summary_file, json.dumps(summary, indent=1))
+    return summary
+
+
+def draw_figures(loaded: LoadedRun, run: RunDir) -> list[Path]:
+    """Redraw the run's figures from its files."""
+    snapshots = sorted(run.routing.glob("*.safetensors"), key=lambda path: int(path.stem))
+    load_LE = load_file(snapshots[-1])["load_LE"].numpy() if snapshots else np.zeros((0, 0))
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=next(loaded.model.parameters()).device)
+    with torch.no_grad():
+        grams = [gram.float().cpu().numpy() for gram in loaded.model(ids).anchor_grams]
+    return draw_run(run.metrics(), load_LE, grams, run.figures)
+
+
+def write_samples(loaded: LoadedRun, run: RunDir) -> dict[str, str]:
+    """Continue the recipe's prompts and keep the texts."""
+    logging = loaded.recipe.logging
+    samples = {
+        prompt: "".join(generate(loaded.model, loaded.tokenizer, prompt, logging.sample_tokens))
+        for prompt in logging.prompts
+    }
+    text = "\n\n".join(f">>> {prompt}\n{prompt}{rest}" for prompt, rest in samples.items())
+    write_atomically(run.samples_file, text + "\n")
+    return samples

@@ -1,0 +1,211 @@
+"""One run from its recipe to its report, with every failure a user can mend said in one line."""
+
+import errno
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+from sra_ds.config import Recipe
+from sra_ds.config.model import CosineRouterConfig, MoEChannelConfig
+from sra_ds.data.loader import TrainingWindows
+from sra_ds.data.prepare import prepare
+from sra_ds.data.shards import TokenCorpus
+from sra_ds.data.tokenizer import file_sha256
+from sra_ds.errors import TrainingError
+from sra_ds.evaluation.perplexity import Setting, capped_nll, evaluate
+from sra_ds.inference.load import load_weights_into
+from sra_ds.model.language_model import LanguageModel, build_model
+from sra_ds.training import checkpoint, environment
+from sra_ds.training.anchors import seed_anchors
+from sra_ds.training.controllers import build_controllers
+from sra_ds.training.ds_config import zero_stage
+from sra_ds.training.engine import build_engine
+from sra_ds.training.loop import Trainer, Validate
+from sra_ds.training.processes import from_first, start_processes
+from sra_ds.training.resume import Resumed, choose_checkpoint
+from sra_ds.training.run_dir import RunDir, claim, open_run, read_json, refuse_overwriting
+from sra_ds.workflow.report import report
+from sra_ds.workflow.resolve import Resolved
+
+
+def train(
+    resolved: Resolved, run: RunDir, resume: bool = False, init_from: Path | None = None
+) -> dict[str, Any] | None:
+    """Train one run to its end and report on it; returns the summary on rank 0, None on others and when
+    stopped early.
+
+    Every failure a user can mend is an `SraError`; a failed start or resume leaves the run as it was.
+    """
+    start_processes()
+    run = RunDir(Path(from_first(str(run.path))))
+    try:
+        if environment.rank() > 0:
+            return _train(resolved, run, resume, init_from)
+        with claim(run):
+            return _train(resolved, run, resume, init_from)
+    except (RuntimeError, MemoryError, OSError, SafetensorError) as error:
+        remedy = _remedy(error, resolved, run)
+        if remedy is None:
+            raise
+        raise TrainingError(remedy) from error
+
+
+def _train(
+    resolved: Resolved, run: RunDir, resume: bool, init_from: Path | None
+) -> dict[str, Any] | None:
+    recipe, batches = resolved.recipe, resolved.batches
+    first = environment.rank() == 0
+    layout = checkpoint.Layout(batches.world_size, zero_stage(resolved.ds_config))
+    resumed = choose_checkpoint(run, recipe, layout) if resume else None
+    if resumed is None and first:
+        refuse_overwriting(run)
+    elif (
+        resumed is not None and resumed.step >= recipe.training.steps and run.summary_file.exists()
+    ):
+        _say(f"{run.path} is finished; raise training.steps to go on")
+        return read_json(run.summary_file) if first else None
+    corpus = prepare(recipe.data)
+    if resumed is not None:
+        corpus.require_fingerprint(run.environment()["corpus_fingerprint"], str(run.path))
+    windows = TrainingWindows(
+        corpus.split("train"),
+        recipe.data.sequence_length,
+        recipe.training.seed,
+        corpus.end_of_text_id,
+    )
+    model = build_model(recipe)
+    if resumed is None:
+        _start_values(model, recipe, corpus, windows, init_from)
+    controllers = build_controllers(recipe, model)
+    engine = build_engine(model, recipe, resolved.ds_config)
+    peak, _ = environment.peak_flops(resolved.device, resolved.dtype)
+    trainer = Trainer(
+        recipe, run, engine, windows, batches, layout, controllers,
+        _validator(recipe, corpus, run, resolved.device), peak,
+    )  # fmt: skip
+    if resumed is not None:
+        trainer.restore(checkpoint.load_engine(engine, resumed.folder))
+    if first:
+        _write_start(run, resolved, corpus, resumed)
+    outcome = trainer.run()
+    if outcome.stopped_by is None:
+        return report(run, resolved, outcome) if first else None
+    if first:
+        _say(
+            f"stopped by {outcome.stopped_by} after step {outcome.step}; everything is saved: "
+            f"go on with --resume --run {run.path}"
+        )
+    return None
+
+
+def _write_start(
+    run: RunDir, resolved: Resolved, corpus: TokenCorpus, resumed: Resumed | None
+) -> None:
+    """The files that describe the run, once nothing can refuse it any more."""
+    if resumed is None:
+        run.metrics_file.unlink(missing_ok=True)  # of a start that saved nothing
+    else:
+        run.drop_metrics_after(resumed.step, resolved.recipe.training.steps)
+        for problem in resumed.problems:
+            _say(f"passing over a broken checkpoint: {problem}")
+        _say(f"resuming {run.path} at step {resumed.step}")
+    facts = {
+        "device": str(resolved.device),
+        "precision": str(resolved.dtype),
+        "reasons": resolved.reasons,
+        "world_size": resolved.batches.world_size,
+        "corpus": corpus.manifest["identity"],
+        "corpus_folder": str(corpus.folder.absolute()),
+        "corpus_fingerprint": corpus.fingerprint,
+        "tokenizer_sha256": corpus.manifest["tokenizer"]["sha256"],
+    }
+    run.write_start(resolved.recipe, resolved.ds_config, facts)
+    shutil.copyfile(corpus.tokenizer_file, run.tokenizer_file)
+
+
+def _start_values(
+    model: LanguageModel,
+    recipe: Recipe,
+    corpus: TokenCorpus,
+    windows: TrainingWindows,
+    init_from: Path | None,
+) -> None:
+    """Weights of another run, or anchors from the first batch where the recipe says so."""
+    channel = recipe.model.channel
+    if init_from is not None:
+        source = open_run(init_from)
+        corpus.require_tokenizer(file_sha256(source.tokenizer_file), str(init_from))
+        load_weights_into(model, checkpoint.choose(source.checkpoints))
+    elif (
+        isinstance(channel, MoEChannelConfig)
+        and isinstance(channel.router, CosineRouterConfig)
+        and channel.router.anchors == "data"
+    ):
+        seed_anchors(model, windows.batch(0, recipe.training.batch_size), recipe.training.seed)
+
+
+def _validator(recipe: Recipe, corpus: TokenCorpus, run: RunDir, device: torch.device) -> Validate:
+    """Scores the validation split; the whole one also document by document, kept for comparisons."""
+    split = corpus.split("valid")
+    length, stride = recipe.data.sequence_length, recipe.evaluation.stride
+    setting = Setting(
+        length, stride or length, recipe.evaluation.batch_size, corpus.end_of_text_id, device
+    )
+
+    def validate(
+        engine: Any, max_tokens: int, stopped: Callable[[], bool]
+    ) -> dict[str, Any] | None:
+        first = engine.global_rank == 0
+        result = evaluate(engine, split, setting, max_tokens, first, stopped)
+        if result is None:
+            return None
+        if first and not max_tokens:
+            np.savez(
+                run.evaluation / "valid_documents.npz",
+                nll=result.document_nll,
+                tokens=result.document_tokens,
+            )
+        capped = capped_nll(result, split, recipe.evaluation.max_tokens)
+        return {**result.summary(), "capped_nll_per_token": capped}
+
+    return validate
+
+
+def _remedy(error: Exception, resolved: Resolved, run: RunDir) -> str | None:
+    """One line for failures that are the machine's limits; None for anything else."""
+    text = str(error)
+    out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        "allocate memory" in text or "not enough memory" in text
+    )
+    if out_of_memory:
+        micro = resolved.batches.micro_batch_size
+        return (
+            f"out of memory with training.micro_batch_size={micro}: try {max(1, micro // 2)}, "
+            "training.activation_checkpointing=true, or ds_configs/zero2_offload.json"
+        )
+    if _is_disk_full(error):
+        return (
+            f"no space left for {run.path}; the last complete checkpoint, if any, is kept: free some "
+            f"space or lower checkpoint.keep, then --resume --run {run.path}"
+        )
+    return None
+
+
+def _is_disk_full(error: Exception) -> bool:
+    """Python, safetensors and torch's writer each say it in their own way."""
+    text = str(error)
+    torch_writer = "inline_container.cc" in text and ("unexpected pos" in text or "writ" in text)
+    named = "No space left on device" in text
+    return getattr(error, "errno", None) == errno.ENOSPC or named or torch_writer
+
+
+def _say(text: str) -> None:
+    """One line for the person watching; standard output is for results."""
+    tqdm.write(text, file=sys.stderr)
