@@ -62,7 +62,8 @@ class TrainingConfig(Part):
     batch_size: int = Field(gt=0)
     """Windows per optimizer step over all processes."""
     micro_batch_size: int = Field(0, ge=0)
-    """Windows per forward pass and process; 0: as many as one step needs."""
+    """Windows per forward pass and process; 0: as many as one step needs. Routing statistics, and so the
+    balance loss, are over the windows of one micro-batch on all processes."""
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     """`auto`: bf16 on a GPU that has it, else fp32."""
     gradient_clipping: float = Field(1.0, ge=0)

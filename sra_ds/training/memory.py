@@ -15,8 +15,9 @@ def estimate_bytes(
 ) -> dict[str, int]:
     """Bytes for parameters, gradients, optimizer, activations and logits at a ZeRO stage.
 
-    Adam keeps two float32 numbers per parameter, and from stage 1 on a float32 master copy; stage 1
-    shards these over processes, stage 2 the gradients too, stage 3 the parameters too.
+    Adam keeps two float32 numbers per parameter, and from stage 1 on there are a float32 master copy and,
+    during the step, a flat float32 copy of the gradients; stage 1 shards these over processes, stage 2
+    the gradients too, stage 3 the parameters too.
     """
     world, width = batches.world_size, torch.finfo(dtype).bits // 8
     states = ADAM_STATES if isinstance(recipe.training.optimizer, AdamWConfig) else 0
@@ -25,6 +26,7 @@ def estimate_bytes(
         "parameters": parameters * width // (world if stage >= 3 else 1),
         "gradients": parameters * width // (world if stage >= 2 else 1),
         "optimizer": parameters * 4 * (states + master) // (world if stage >= 1 else 1),
+        "flat_gradients": parameters * 4 * master // world,
         "activations": activation_bytes(recipe, batches.micro_batch_size, width),
         "logits": recipe.model.head.chunk_tokens * recipe.data.tokenizer.vocab_size * 4 * 2,
     }
