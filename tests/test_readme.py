@@ -55,6 +55,7 @@ def test_make_targets_exist(target):
 
 def test_the_readme_is_short_and_names_only_what_exists():
     assert len(README.splitlines()) <= 250
+    assert "@" not in README
     for path in re.findall(r"\b(?:tools|launch|ds_configs|tests)/[\w/]+\.\w+", README):
         assert (ROOT / path).exists(), path
 
