@@ -195,6 +195,7 @@ def test_bad_training_input_is_one_line_and_exit_2(folder, tmp_path, arguments, 
     result = train("--recipe", folder / "tiny.yaml", *arguments, cwd=tmp_path)
     assert result.returncode == 2
     assert says in result.stderr and "Traceback" not in result.stderr
+    assert not list(tmp_path.glob("runs/*"))
 
 
 def test_resuming_what_is_no_run_is_one_line_and_leaves_nothing(tmp_path):

@@ -10,8 +10,10 @@ import json
 import os
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from sra_ds.config import Recipe, dump_recipe, load_recipe
 from sra_ds.errors import CheckpointError, ConfigError, SraError
@@ -111,18 +113,25 @@ def open_run(path: Path) -> RunDir:
     return RunDir(path)
 
 
-def claim(run: RunDir) -> IO[str]:
-    """Hold the run for this process until the returned file is closed or the process ends; raises
-    `ConfigError` if another process trains there."""
+@contextmanager
+def claim(run: RunDir) -> Iterator[None]:
+    """Hold the run for this process; raises `ConfigError` if another one trains there. A folder that is
+    still empty at the end is removed again."""
     run.path.mkdir(parents=True, exist_ok=True)
-    stream = (run.path / "lock").open("w")
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ConfigError(
-            f"{run.path}: another process is training there; choose another --run"
-        ) from None
-    return stream
+    lock = run.path / "lock"
+    with lock.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{run.path}: another process is training there; choose another --run"
+            ) from None
+        try:
+            yield
+        finally:
+            if list(run.path.iterdir()) == [lock]:
+                lock.unlink()
+                run.path.rmdir()
 
 
 def refuse_overwriting(run: RunDir) -> None:

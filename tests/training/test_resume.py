@@ -87,8 +87,10 @@ def test_two_processes_do_not_train_in_one_run(tiny, tmp_path):
     from sra_ds.errors import ConfigError
     from sra_ds.training.run_dir import RunDir, claim
 
-    with claim(RunDir(tmp_path / "run")), pytest.raises(ConfigError, match="another process"):
-        claim(RunDir(tmp_path / "run"))
+    run = RunDir(tmp_path / "run")
+    with claim(run), pytest.raises(ConfigError, match="another process"), claim(run):
+        pass
+    assert not run.path.exists()  # nothing was written, so nothing is left
 
 
 def test_pruning_keeps_what_latest_names(tmp_path):
