@@ -75,7 +75,7 @@ class RecentLoad:
 
 
 def first_non_finite(engine: Any, batch: Batch) -> str:
-    """Name of the first part whose output is not finite on this batch, or of a bad parameter."""
+    """Name of the first part whose output is not finite on this batch; `NOT_FORWARD` if all are."""
     found: list[str] = []
     handles = []
 
