@@ -1,5 +1,7 @@
 """Summaries of routing: pure functions of facts, for logs, progress bars and reports."""
 
+from typing import Any
+
 from torch import Tensor
 
 DEAD_SHARE = 1e-4
@@ -34,4 +36,20 @@ def load_summary(load_E: Tensor, tokens: float) -> dict[str, float]:
         "min_share": float(share.min()),
         "max_share": float(share.max()),
         "effective_experts": float(entropy.exp() / len(load)),
+    }
+
+
+def layers_summary(load_LE: Tensor, tokens: float) -> dict[str, Any]:
+    """`load_summary` of every layer and over all of them; counts of dead experts are summed, and
+    `dead_fraction` takes the stricter definition (fewer than 1e-4 of a layer's routes)."""
+    layers = [load_summary(load_E, tokens) for load_E in load_LE]
+    dead = {
+        f"dead_{n}": sum(int(x[f"dead_{n}"]) for x in layers) for n in ("by_routes", "by_tokens")
+    }
+    return {
+        **dead,
+        "dead_fraction": dead["dead_by_routes"] / max(load_LE.numel(), 1),
+        "load_cv": sum(layer["load_cv"] for layer in layers) / max(len(layers), 1),
+        "max_violation": max((layer["max_violation"] for layer in layers), default=0.0),
+        "per_layer": layers,
     }

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from sra_ds.data.loader import TrainingWindows
 from sra_ds.evaluation.perplexity import Model
-from sra_ds.metrics import load_summary
+from sra_ds.metrics import layers_summary
 
 
 @torch.no_grad()
@@ -37,15 +37,5 @@ def load_over_tokens(
 def health(load_LE: NDArray[np.float64], tokens: int) -> dict[str, Any]:
     """Per layer and over all layers; `dead_by_routes` is the published v1 definition (below 1e-4 of the
     layer's routes), `dead_by_tokens` v2's (chosen by fewer than 1e-4 of the tokens)."""
-    layers = [load_summary(torch.from_numpy(load_E), tokens) for load_E in load_LE]
-    experts = max(load_LE.size, 1)
-    return {
-        "tokens": tokens,
-        "enough_tokens": tokens >= 1_000_000,
-        "dead_by_routes": sum(int(layer["dead_by_routes"]) for layer in layers),
-        "dead_by_tokens": sum(int(layer["dead_by_tokens"]) for layer in layers),
-        "dead_fraction": sum(layer["dead_by_routes"] for layer in layers) / experts,
-        "load_cv": sum(layer["load_cv"] for layer in layers) / max(len(layers), 1),
-        "max_violation": max((layer["max_violation"] for layer in layers), default=0.0),
-        "per_layer": layers,
-    }
+    found = layers_summary(torch.from_numpy(load_LE), tokens)
+    return {"tokens": tokens, "enough_tokens": tokens >= 1_000_000, **found}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sra_ds.data.loader import Batch
-from sra_ds.metrics import load_summary
+from sra_ds.metrics import layers_summary
 from sra_ds.model.language_model import ModelOutput
 from sra_ds.moe.routing import Routing
 
@@ -62,16 +62,8 @@ class RecentLoad:
         than 1e-4 of the routes). None for a dense model."""
         if self.load_LE is None:
             return None
-        layers = [load_summary(load_E, self.tokens) for load_E in self.load_LE]
-        experts = self.load_LE.numel()
-        return {
-            "window_tokens": self.tokens,
-            "dead": sum(int(layer["dead_by_routes"]) for layer in layers),
-            "dead_fraction": sum(layer["dead_by_routes"] for layer in layers) / experts,
-            "load_cv": sum(layer["load_cv"] for layer in layers) / len(layers),
-            "max_violation": max(layer["max_violation"] for layer in layers),
-            "per_layer": layers,
-        }
+        found = layers_summary(self.load_LE, self.tokens)
+        return {"window_tokens": self.tokens, "dead": found["dead_by_routes"], **found}
 
 
 def first_non_finite(engine: Any, batch: Batch) -> str:
