@@ -123,7 +123,7 @@ def hash_ids_loop(token_ids: list[int], experts: int, top_k: int) -> list[list[i
 def unstack(stacked: GroupedExperts, config: FeedForwardConfig, width: int) -> list[nn.Module]:
     """The stacked experts as separate networks with copies of their weights."""
     networks = []
-    for e in range(stacked.experts):
+    for e in range(len(stacked.expert_ids)):
         network = build_feed_forward(config, width).to(stacked.up_weight.dtype)
         with torch.no_grad():
             for name, parameter in network.named_parameters():

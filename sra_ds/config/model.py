@@ -120,8 +120,11 @@ class MoEChannelConfig(Part):
     shared_expert: FeedForwardConfig | None = None
     """A feed-forward network every token passes besides its routed experts."""
     router: AnyRouterConfig = CosineRouterConfig()
-    backend: Literal["local"] = "local"
-    """`local`: grouped matrix products in plain torch, dropless."""
+    backend: Literal["local", "deepspeed", "megablocks", "auto"] = "local"
+    """What runs the experts while training; all give the same result, and none drops a token. `local`:
+    grouped products in plain torch. `deepspeed`: its expert parallelism (AutoEP), needed for
+    `parallel.expert_parallel_size` > 1. `megablocks`: its dropless layer, after `make megablocks`.
+    `auto`: the fastest here of those installed, measured once."""
 
     @model_validator(mode="after")
     def _enough_experts(self) -> "MoEChannelConfig":

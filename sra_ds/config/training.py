@@ -132,5 +132,5 @@ class LoggingConfig(Part):
 class ParallelConfig(Part):
     """Layout over processes that is not the DeepSpeed JSON's."""
 
-    expert_parallel_size: Literal[1] = 1
-    """Processes that share one set of experts."""
+    expert_parallel_size: int = Field(1, ge=1)
+    """Processes that share one set of experts; divides both the processes and the experts."""

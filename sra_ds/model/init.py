@@ -56,11 +56,11 @@ def _normal(weight: Tensor, std: float, seed: int, *path: object) -> None:
 
 
 def _experts(module: GroupedExperts, residual_std: float, seed: int, name: str) -> None:
-    for expert in range(module.experts):
-        _normal(module.up_weight[expert], STD, seed, name, "up", expert)
-        _normal(module.down_weight[expert], residual_std, seed, name, "down", expert)
+    for row, expert in enumerate(module.expert_ids):
+        _normal(module.up_weight[row], STD, seed, name, "up", expert)
+        _normal(module.down_weight[row], residual_std, seed, name, "down", expert)
         if module.gate_weight is not None:
-            _normal(module.gate_weight[expert], STD, seed, name, "gate", expert)
+            _normal(module.gate_weight[row], STD, seed, name, "gate", expert)
     for bias in (module.up_bias, module.down_bias):
         if bias is not None:
             bias.zero_()

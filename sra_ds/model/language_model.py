@@ -15,6 +15,8 @@ from sra_ds.model.context import Context, DecodingState, visible_positions
 from sra_ds.model.embeddings import EMBEDDINGS
 from sra_ds.model.heads import HEADS
 from sra_ds.model.init import initialise
+from sra_ds.moe.layer import MoELayer
+from sra_ds.moe.placement import WHOLE, Placement
 from sra_ds.moe.routing import Routing
 from sra_ds.ops.linear_cross_entropy import IGNORED
 
@@ -100,9 +102,13 @@ class LanguageModel(nn.Module):
         """An empty state for incremental decoding."""
         return DecodingState(len(self.blocks))
 
+    def routed_layers(self) -> list[MoELayer]:
+        """The routed layers, in order."""
+        return [module for module in self.modules() if isinstance(module, MoELayer)]
+
     def routers(self) -> list[Any]:
         """The router of each routed layer, in order."""
-        return [block.channel.moe.router for block in self.blocks if hasattr(block.channel, "moe")]  # type: ignore[union-attr]
+        return [layer.router for layer in self.routed_layers()]
 
     def _context(
         self,
@@ -130,10 +136,16 @@ class LanguageModel(nn.Module):
         return Context(ids_BT, positions_T, valid_BT, visible, keep_scores, recompute)
 
 
-def build_model(recipe: Recipe, device: str | torch.device = "cpu") -> LanguageModel:
-    """The recipe's model with its initial weights, a function of `training.seed` alone."""
+def build_model(
+    recipe: Recipe, device: str | torch.device = "cpu", placement: Placement = WHOLE
+) -> LanguageModel:
+    """The recipe's model with its initial weights, a function of `training.seed` alone; of the experts
+    only those placed on this process ever exist."""
     with torch.device("meta"):
         model = LanguageModel(recipe.model, recipe.data.tokenizer.vocab_size)
+        if placement != WHOLE:
+            for layer in model.routed_layers():
+                layer.place(placement)
     if str(device) == "meta":
         return model
     model.to_empty(device=device)

@@ -1,7 +1,9 @@
 """Feed-forward networks: one for all tokens, or E of them stacked for grouped products.
 
 Stacked parameters hold one expert per row of their first dimension: `up_weight` E x D x F, `up_bias`
-E x F, `down_weight` E x F x D, `down_bias` E x D, and for SwiGLU a `gate_weight` like `up_weight`.
+E x F, `down_weight` E x F x D, `down_bias` E x D, and for SwiGLU a `gate_weight` like `up_weight`. With
+expert parallelism E is the number of experts held here. Letters: R rows sorted by expert, D width, F
+hidden width.
 """
 
 from typing import Any
@@ -52,20 +54,26 @@ class SwigluFeedForward(nn.Module):
 
 
 class GroupedExperts(nn.Module):
-    """E feed-forward networks applied to rows grouped by expert."""
+    """E feed-forward networks applied to rows grouped by expert, globally numbered `expert_ids`."""
 
-    def __init__(self, config: FeedForwardConfig, experts: int, width: int) -> None:
+    def __init__(self, config: FeedForwardConfig, expert_ids: range, width: int) -> None:
         super().__init__()
         bias = isinstance(config, GeluConfig) and config.bias
-        self.experts, self.dropout = experts, config.dropout
+        experts = len(expert_ids)
+        self.expert_ids, self.dropout = expert_ids, config.dropout
         self.up_weight = nn.Parameter(torch.empty(experts, width, config.hidden))
         self.down_weight = nn.Parameter(torch.empty(experts, config.hidden, width))
         self.up_bias = nn.Parameter(torch.empty(experts, config.hidden)) if bias else None
         self.down_bias = nn.Parameter(torch.empty(experts, width)) if bias else None
         self.gate_weight: nn.Parameter | None = None
 
-    def forward(self, x_RD: Tensor, offsets_E: Tensor, expert_of_row_R: Tensor) -> Tensor:
-        """Rows sorted by expert in, rows out."""
+    def forward(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:
+        """Rows sorted by expert in, rows out; `counts_E` are the rows of each. Rows beyond their sum are
+        padding: the last expert computes them, so that no row stays unwritten."""
+        offsets_E = counts_E.cumsum(0, dtype=torch.int32)
+        offsets_E[-1] = len(x_RD)
+        every_R = torch.arange(len(x_RD), device=x_RD.device, dtype=torch.int32)
+        expert_of_row_R = torch.searchsorted(offsets_E, every_R, right=True)
         hidden_RF = self.activate(x_RD, offsets_E, expert_of_row_R)
         hidden_RF = F.dropout(hidden_RF, self.dropout, self.training)
         return grouped_linear(
@@ -88,9 +96,9 @@ class GeluExperts(GroupedExperts):
 class SwigluExperts(GroupedExperts):
     """Stacked `SwigluFeedForward`."""
 
-    def __init__(self, config: FeedForwardConfig, experts: int, width: int) -> None:
-        super().__init__(config, experts, width)
-        self.gate_weight = nn.Parameter(torch.empty(experts, width, config.hidden))
+    def __init__(self, config: FeedForwardConfig, expert_ids: range, width: int) -> None:
+        super().__init__(config, expert_ids, width)
+        self.gate_weight = nn.Parameter(torch.empty(len(expert_ids), width, config.hidden))
 
     def activate(self, x_RD: Tensor, offsets_E: Tensor, expert_of_row_R: Tensor) -> Tensor:
         assert self.gate_weight is not None
@@ -114,6 +122,6 @@ def build_feed_forward(config: FeedForwardConfig, width: int) -> nn.Module:
     return FEED_FORWARDS[type(config)](config, width)
 
 
-def build_experts(config: FeedForwardConfig, experts: int, width: int) -> GroupedExperts:
-    """E stacked feed-forward networks."""
-    return EXPERTS[type(config)](config, experts, width)
+def build_experts(config: FeedForwardConfig, expert_ids: range, width: int) -> GroupedExperts:
+    """Stacked feed-forward networks, one for each number."""
+    return EXPERTS[type(config)](config, expert_ids, width)

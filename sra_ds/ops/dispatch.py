@@ -18,23 +18,23 @@ from sra_ds.ops.precision import at_least_float32
 
 class DispatchPlan(NamedTuple):
     """`order_R`: route numbers (t*K + k) sorted by expert, ties by route; `inverse_R`: its inverse;
-    `expert_of_row_R`: expert of each sorted row; `offsets_E`: int32 end of each expert's rows."""
+    `counts_E`: int32 rows of each expert."""
 
     order_R: Tensor
     inverse_R: Tensor
-    expert_of_row_R: Tensor
-    offsets_E: Tensor
+    counts_E: Tensor
 
 
 def plan_dispatch(expert_ids_TK: Tensor, experts: int) -> DispatchPlan:
     """Sort routes by expert. Every route is kept, whatever the load."""
     ids_R = expert_ids_TK.flatten()
-    expert_of_row_R, order_R = ids_R.sort(stable=True)
+    sorted_R, order_R = ids_R.sort(stable=True)
     inverse_R = torch.empty_like(order_R)
     inverse_R.scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
     every_E = torch.arange(experts, device=ids_R.device, dtype=ids_R.dtype)
-    offsets_E = torch.searchsorted(expert_of_row_R, every_E, right=True).to(torch.int32)
-    return DispatchPlan(order_R, inverse_R, expert_of_row_R, offsets_E)
+    ends_E = torch.searchsorted(sorted_R, every_E, right=True, out_int32=True)
+    counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
+    return DispatchPlan(order_R, inverse_R, counts_E)
 
 
 def dispatch(x_TD: Tensor, plan: DispatchPlan) -> Tensor:

@@ -29,13 +29,13 @@ def parse(kind: dict[str, Any]) -> FeedForwardConfig:
 
 
 def groups(rows: int, load: str) -> tuple[Tensor, Tensor]:
-    """(offsets_E, expert_of_row_R)."""
+    """(counts_E, expert_of_row_R)."""
     expert_R = torch.randint(EXPERTS, (rows,)).sort().values
     if load == "one_empty":
         expert_R = expert_R.where(expert_R != 2, 3)
     if load == "all_on_one":
         expert_R = torch.zeros(rows, dtype=torch.int64)
-    return torch.bincount(expert_R, minlength=EXPERTS).cumsum(0).to(torch.int32), expert_R
+    return torch.bincount(expert_R, minlength=EXPERTS).to(torch.int32), expert_R
 
 
 @kinds
@@ -46,11 +46,11 @@ def test_values_and_every_gradient_equal_separate_networks(
     kind: dict[str, Any], rows: int, load: str, dtype: torch.dtype
 ) -> None:
     config = parse(kind)
-    experts = randomise(build_experts(config, EXPERTS, WIDTH), 0.5).to(dtype)
+    experts = randomise(build_experts(config, range(EXPERTS), WIDTH), 0.5).to(dtype)
     networks = unstack(experts, config, WIDTH)
-    offsets_E, expert_R = groups(rows, load)
+    counts_E, expert_R = groups(rows, load)
     x_RD, loop_x_RD = leaves(*[torch.randn(rows, WIDTH, dtype=dtype)] * 2)
-    y_RD = experts(x_RD, offsets_E, expert_R)
+    y_RD = experts(x_RD, counts_E)
     loop_y_RD = torch.stack([networks[int(e)](x) for x, e in zip(loop_x_RD, expert_R, strict=True)])
     weights_RD = torch.randn(rows, WIDTH, dtype=dtype)
     y_RD.backward(weights_RD)
@@ -63,7 +63,7 @@ def test_values_and_every_gradient_equal_separate_networks(
 
 @kinds
 def test_parameters_have_the_documented_shapes(kind: dict[str, Any]) -> None:
-    experts = build_experts(parse(kind), EXPERTS, WIDTH)
+    experts = build_experts(parse(kind), range(EXPERTS), WIDTH)
     shapes = {name: tuple(p.shape) for name, p in experts.named_parameters()}
     expected = {
         "up_weight": (EXPERTS, WIDTH, HIDDEN),
@@ -82,17 +82,17 @@ def test_parameters_have_the_documented_shapes(kind: dict[str, Any]) -> None:
 @kinds
 def test_dropout_acts_on_the_hidden_layer_while_training_only(kind: dict[str, Any]) -> None:
     config = parse({**kind, "dropout": 0.5})
-    experts = randomise(build_experts(config, EXPERTS, WIDTH))
-    offsets_E, expert_R = groups(63, "mixed")
+    experts = randomise(build_experts(config, range(EXPERTS), WIDTH))
+    counts_E, expert_R = groups(63, "mixed")
     x_RD = torch.randn(63, WIDTH)
     experts.eval()
-    y_RD = experts(x_RD, offsets_E, expert_R)
-    assert torch.equal(y_RD, experts(x_RD, offsets_E, expert_R))
+    y_RD = experts(x_RD, counts_E)
+    assert torch.equal(y_RD, experts(x_RD, counts_E))
     experts.train()
     torch.manual_seed(1)
-    dropped_RD = experts(x_RD, offsets_E, expert_R)
+    dropped_RD = experts(x_RD, counts_E)
     torch.manual_seed(1)
-    hidden_RF = experts.activate(x_RD, offsets_E, expert_R)
+    hidden_RF = experts.activate(x_RD, counts_E.cumsum(0).to(torch.int32), expert_R)
     keep_RF = torch.nn.functional.dropout(torch.ones_like(hidden_RF), 0.5)
     expected_RD = torch.einsum("rf,rfd->rd", hidden_RF * keep_RF, experts.down_weight[expert_R])
     if experts.down_bias is not None:
@@ -104,14 +104,14 @@ def test_dropout_acts_on_the_hidden_layer_while_training_only(kind: dict[str, An
 @kinds
 def test_bf16_is_finite_and_near(kind: dict[str, Any]) -> None:
     config = parse(kind)
-    experts = randomise(build_experts(config, EXPERTS, WIDTH), 0.5).bfloat16()
-    offsets_E, expert_R = groups(130, "one_empty")
+    experts = randomise(build_experts(config, range(EXPERTS), WIDTH), 0.5).bfloat16()
+    counts_E, _ = groups(130, "one_empty")
     (x_RD,) = leaves(torch.randn(130, WIDTH).bfloat16())
-    y_RD = experts(x_RD, offsets_E, expert_R)
+    y_RD = experts(x_RD, counts_E)
     y_RD.backward(torch.randn_like(y_RD))
     assert y_RD.dtype == torch.bfloat16 and y_RD.isfinite().all()
     assert all(gradient.isfinite().all() for gradient in gradients(experts).values())
-    exact_RD = experts.float()(x_RD.float(), offsets_E, expert_R)
+    exact_RD = experts.float()(x_RD.float(), counts_E)
     torch.testing.assert_close(y_RD.float(), exact_RD, rtol=0.05, atol=0.05)
 
 
