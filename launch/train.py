@@ -13,7 +13,7 @@ from sra_ds import cli
 from sra_ds.config import load_recipe
 from sra_ds.errors import ConfigError
 from sra_ds.training.environment import prepare_process, rank
-from sra_ds.training.run_dir import RunDir, new_run_dir, newest_run, open_run
+from sra_ds.storage.run_dir import RunDir, new_run_dir, newest_run, open_run
 
 
 def main() -> int:

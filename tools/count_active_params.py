@@ -9,7 +9,7 @@ from sra_ds import cli
 from sra_ds.config import load_recipe
 from sra_ds.model.counting import count_parameters
 from sra_ds.model.language_model import build_model
-from sra_ds.training.run_dir import open_run
+from sra_ds.storage.run_dir import open_run
 
 
 def main() -> int:

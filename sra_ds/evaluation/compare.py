@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from sra_ds.config import load_recipe
 from sra_ds.errors import ConfigError, DataError, TrainingError
-from sra_ds.training.run_dir import RunDir, open_run, read_json, write_atomically
+from sra_ds.storage.run_dir import RunDir, open_run, read_json, write_atomically
 
 RESAMPLES = 10_000
 

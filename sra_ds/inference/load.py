@@ -10,8 +10,9 @@ from sra_ds.config import Recipe
 from sra_ds.data.tokenizer import load_tokenizer
 from sra_ds.errors import CheckpointError
 from sra_ds.model.language_model import LanguageModel, build_model
-from sra_ds.training.checkpoint import choose, load_weights
-from sra_ds.training.run_dir import RunDir, open_run
+from sra_ds.storage.checkpoint import choose, open_weights
+from sra_ds.storage.held import held_ranges
+from sra_ds.storage.run_dir import RunDir, open_run
 
 
 class LoadedRun(NamedTuple):
@@ -42,14 +43,16 @@ def load_run(path: Path, which: str = "best", device: str | torch.device = "cpu"
 
 
 def load_weights_into(model: LanguageModel, folder: Path) -> dict[str, Any]:
-    """Fill a model from a checkpoint; every tensor must be there and fit. Returns the trainer state."""
-    weights, trainer = load_weights(folder)
-    own = model.state_dict()
-    wrong = [n for n in own if n not in weights or weights[n].shape != own[n].shape]
-    wrong += [n for n in weights if n not in own]
+    """Fill a model, or the part of it this process holds, from a checkpoint; every tensor must be there
+    and fit. Returns the trainer state."""
+    files, trainer = open_weights(folder)
+    held, saved = held_ranges(model), files.names
+    wrong = [n for n, part in held.items() if n not in saved or files.shape(n) != part.shape]
+    wrong += [n for n in saved if n not in held]
     if wrong:
         raise CheckpointError(
             f"{folder} is of another model: {wrong[0]} differs ({len(wrong)} in all)"
         )
-    model.load_state_dict(weights)
+    for name, tensor in model.state_dict().items():
+        files.read_into(name, held[name].start, tensor.view(-1))
     return trainer

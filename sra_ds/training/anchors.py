@@ -1,7 +1,7 @@
 """Anchors seeded from data: each layer's anchors become normalised router inputs of the first batch.
 
-Done once, by the trainer, before the first step, from the same batch on every rank; a forward pass never
-does it, so loading a checkpoint elsewhere cannot seed again.
+Done once, before the first step, from the same batch on every rank; a forward pass never does it, so
+loading a checkpoint elsewhere cannot seed again.
 """
 
 from typing import Any
@@ -13,19 +13,18 @@ from torch.nn.functional import normalize
 from sra_ds.data.loader import Batch
 from sra_ds.errors import ConfigError
 from sra_ds.model.init import generator
-from sra_ds.model.language_model import LanguageModel
+from sra_ds.training.engine import write_parameter
 
 
 @torch.no_grad()
-def seed_anchors(model: LanguageModel, batch: Batch, seed: int) -> None:
+def seed_anchors(engine: Any, batch: Batch, seed: int) -> None:
     """Replace the anchors of every cosine router, layer by layer, since a layer's input depends on the
-    anchors before it."""
-    training = model.training
-    model.eval()
-    for number, router in enumerate(model.routers()):
+    anchors before it. Collective."""
+    engine.eval()
+    for number, router in enumerate(engine.module.routers()):
         inputs: list[Tensor] = []
         handle = router.register_forward_pre_hook(_keep(inputs))
-        model(*batch)
+        engine(*batch)
         handle.remove()
         valid = slice(None) if batch.valid_BT is None else batch.valid_BT.flatten()
         tokens_ND = inputs[0][valid]
@@ -35,8 +34,9 @@ def seed_anchors(model: LanguageModel, batch: Batch, seed: int) -> None:
                 f"it has {len(tokens_ND)}; raise training.batch_size"
             )
         chosen = torch.randperm(len(tokens_ND), generator=generator(seed, "anchors", number))
-        router.anchors.copy_(normalize(tokens_ND[chosen[: router.experts]].float(), dim=-1))
-    model.train(training)
+        seeds_ED = tokens_ND[chosen[: router.experts].to(tokens_ND.device)]
+        write_parameter(router.anchors, normalize(seeds_ED.float(), dim=-1))
+    engine.train()
 
 
 def _keep(inputs: list[Tensor]) -> Any:

@@ -4,6 +4,12 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed import comm as dist
+from deepspeed.moe.utils import (
+    split_params_into_different_moe_groups_for_optimizer,
+    split_params_into_shared_and_expert_params,
+)
+from deepspeed.utils import safe_set_full_fp32_param
 from torch import Tensor, nn
 
 from sra_ds.config import Recipe
@@ -14,7 +20,8 @@ NO_DECAY_SUFFIXES = ("bias", "anchors", "temperature")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Every trainable parameter once: with decay, and without (biases, norms, anchors, temperatures)."""
+    """Every trainable parameter once: with decay, and without (biases, norms, anchors, temperatures);
+    experts that are spread over processes in groups of their own, as DeepSpeed wants them."""
     norms = {id(p) for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
@@ -23,9 +30,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
             spared = id(parameter) in norms or name.endswith(NO_DECAY_SUFFIXES)
             (plain if spared else decayed).append(parameter)
     groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        {"name": "decayed", "params": decayed, "weight_decay": weight_decay},
+        {"name": "plain", "params": plain, "weight_decay": 0.0},
     ]
+    groups = split_params_into_different_moe_groups_for_optimizer(groups)
     return [group for group in groups if group["params"]]
 
 
@@ -61,23 +69,13 @@ def set_learning_rate(engine: Any, value: float) -> None:
         group["lr"] = value
 
 
-def full_state(engine: Any) -> dict[str, Tensor]:
-    """All weights and persistent buffers on the CPU of rank 0; empty on other ranks.
-
-    Collective at ZeRO-3, where it gathers one parameter at a time.
-    """
-    keep = engine.global_rank == 0
-    state: dict[str, Tensor] = {}
-    persistent = engine.module.state_dict().keys()
-    parameters = dict(engine.module.named_parameters())
-    for name in persistent:
-        if name in parameters:
-            with deepspeed.zero.GatheredParameters([parameters[name]]):
-                if keep:
-                    state[name] = parameters[name].detach().cpu().clone()
-        elif keep:
-            state[name] = engine.module.get_buffer(name).detach().cpu().clone()
-    return state
+@torch.no_grad()
+def write_parameter(parameter: nn.Parameter, value: Tensor) -> None:
+    """Change a weight from outside the optimizer, at any stage and precision: the value alone would be
+    undone by its float32 master copy at the next step. Collective; every process gives the same value."""
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        parameter.copy_(value)
+    safe_set_full_fp32_param(parameter, value)
 
 
 def plain_gradient_norm(engine: Any) -> float | None:
@@ -85,5 +83,11 @@ def plain_gradient_norm(engine: Any) -> float | None:
     clipping); None elsewhere."""
     if engine.zero_optimization() or engine.gradient_clipping():
         return None
-    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    return float(torch.nn.utils.get_total_norm(gradients))
+    given = [p for p in engine.module.parameters() if p.grad is not None]
+    experts, shared = split_params_into_shared_and_expert_params(given)[::-1]
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in part]) for part in (shared, experts)]
+    squares = torch.stack([norm.double().square() for norm in norms])
+    for layer in engine.module.routed_layers()[:1]:
+        if layer.backend.placement.size > 1:  # the other experts' part
+            dist.all_reduce(squares[1:], group=layer.backend.ep_group)
+    return float(squares.sum().sqrt())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sra_ds.data.loader import Batch
-from sra_ds.metrics import layers_summary
+from sra_ds.metrics import DEAD_SHARE, layers_summary
 from sra_ds.model.language_model import ModelOutput
 from sra_ds.moe.routing import Routing
 
@@ -43,6 +43,13 @@ class RecentLoad:
             old_tokens, old_LE = self._buckets.popleft()
             self.tokens -= old_tokens
             self.load_LE = self.load_LE - old_LE
+
+    def dead_experts(self) -> list[list[int]]:
+        """Experts of each layer with fewer than 1e-4 of the window's routes."""
+        if self.load_LE is None:
+            return []
+        dead_LE = self.load_LE < DEAD_SHARE * self.load_LE.sum(-1, keepdim=True)
+        return [dead_E.nonzero().flatten().tolist() for dead_E in dead_LE]
 
     def state_dict(self) -> list[Any]:
         """The buckets as plain JSON values."""

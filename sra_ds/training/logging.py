@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from sra_ds.config import Recipe
 from sra_ds.errors import BackendUnavailable
-from sra_ds.training.run_dir import RunDir
+from sra_ds.storage.run_dir import RunDir
 
 
 class RunLog:

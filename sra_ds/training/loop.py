@@ -11,6 +11,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -25,14 +26,15 @@ from sra_ds.losses import auxiliary_losses, total_loss
 from sra_ds.metrics import load_summary
 from sra_ds.model.counting import flops_per_token
 from sra_ds.moe.routing import Routing
-from sra_ds.training import checkpoint
+from sra_ds.storage import checkpoint
+from sra_ds.storage.run_dir import RunDir
 from sra_ds.training.controllers import Controller, current_top_k, learning_rate
 from sra_ds.training.ds_config import BatchPlan
-from sra_ds.training.engine import full_state, plain_gradient_norm, set_learning_rate
+from sra_ds.training.engine import plain_gradient_norm, set_learning_rate
+from sra_ds.training.engine_state import engine_state
 from sra_ds.training.health import NOT_FORWARD, RecentLoad, first_non_finite
 from sra_ds.training.logging import RunLog
 from sra_ds.training.processes import from_all, over_ranks, several
-from sra_ds.training.run_dir import RunDir
 from sra_ds.training.stop import StopRequest
 
 Validate = Callable[[Any, int, Callable[[], bool]], dict[str, Any] | None]
@@ -261,9 +263,7 @@ class Trainer:
             self.best = {"step": self.step, **summary}
             if self.recipe.checkpoint.best:
                 folder = self.run_dir.checkpoints / f"best-{self.step}"
-                checkpoint.save_checkpoint(
-                    folder, full_state(self.engine), self._state(), self.layout
-                )
+                self._write(folder, resumable=False)
                 if self.rank == 0:
                     checkpoint.point_best_at(folder)
         return summary
@@ -277,15 +277,25 @@ class Trainer:
         if self.step == self._saved_step:
             return
         folder = self.run_dir.checkpoints / str(self.step)
-        checkpoint.save_checkpoint(
-            folder, full_state(self.engine), self._state(), self.layout, self.engine
-        )
+        self._write(folder, resumable=True)
         self._saved_step = self.step
         if self.rank == 0:
             checkpoint.point_latest_at(folder)
             keep = self.recipe.checkpoint.keep
             checkpoint.prune(self.run_dir.checkpoints, keep, self.step)
         log.say(f"step {self.step}: saved {folder}")
+
+    def _write(self, folder: Path, resumable: bool) -> None:
+        weights, optimizer = engine_state(self.engine)
+        tensors = {checkpoint.WEIGHTS: weights, checkpoint.OPTIMIZER: optimizer}
+        if not resumable:
+            del tensors[checkpoint.OPTIMIZER]
+        dead = self.recent.dead_experts()
+        facts = {"step": self.step, "tokens": self.step * self._tokens_per_step, "dead": dead}
+        layers = self.engine.module.routed_layers()
+        held = layers[0].backend.experts.expert_ids if layers else None
+        contents = checkpoint.Contents(tensors, self._state(), facts, held)
+        checkpoint.save_checkpoint(folder, contents, self.layout)
 
     def _state(self) -> dict[str, Any]:
         return {

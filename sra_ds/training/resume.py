@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 from sra_ds.config import Recipe
 from sra_ds.errors import ConfigError
-from sra_ds.training import checkpoint
+from sra_ds.storage import checkpoint
+from sra_ds.storage.run_dir import RunDir, read_json
 from sra_ds.training.processes import from_first
-from sra_ds.training.run_dir import RunDir, read_json
 
 MAY_CHANGE = (
     "description",
@@ -22,6 +22,8 @@ MAY_CHANGE = (
     "evaluation.",
     "checkpoint.",
     "logging.",
+    "parallel.",
+    "model.channel.backend",
 )
 
 
@@ -33,20 +35,16 @@ class Resumed(NamedTuple):
     problems: list[str]
 
 
-def choose_checkpoint(run: RunDir, recipe: Recipe, layout: checkpoint.Layout) -> Resumed:
-    """Rank 0's choice, checked against recipe and layout by every rank. Collective.
+def choose_checkpoint(run: RunDir, recipe: Recipe) -> Resumed:
+    """The newest complete checkpoint, its files checked by all processes together. Collective.
 
-    Raises `CheckpointError` for a run without a complete checkpoint or of another layout and
-    `ConfigError` for an override that would make it another run.
+    Raises `CheckpointError` for a run without one and `ConfigError` for an override that would make it
+    another run; the layout may be another.
     """
     require_same_run(run.recipe(), recipe)
-    found, problems = "", [""]
-    if layout.world_size == 1 or checkpoint.is_first():
-        folder, _, problems = checkpoint.newest_complete(run.checkpoints)
-        found = str(folder)
-    folder = Path(from_first(found))
-    manifest = read_json(folder / checkpoint.MANIFEST)
-    checkpoint.require_layout(manifest, layout, folder)
+    names = from_first(" ".join(path.name for path in checkpoint.candidates(run.checkpoints)))
+    folders = [run.checkpoints / name for name in names.split()]
+    folder, problems = checkpoint.first_complete(folders, checkpoint.verify_together)
     return Resumed(folder, read_json(folder / checkpoint.TRAINER)["step"], problems)
 
 

@@ -13,8 +13,8 @@ from sra_ds.evaluation.run import Scoring, open_corpus, score_legacy
 from sra_ds.inference.generate import generate
 from sra_ds.inference.load import LoadedRun, load_run
 from sra_ds.model.counting import count_parameters
+from sra_ds.storage.run_dir import RunDir, write_atomically
 from sra_ds.training.loop import Outcome
-from sra_ds.training.run_dir import RunDir, write_atomically
 from sra_ds.workflow.resolve import Resolved
 
 

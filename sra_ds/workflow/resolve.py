@@ -11,6 +11,8 @@ from sra_ds.data.prepare import corpus_folder
 from sra_ds.data.shards import TokenCorpus
 from sra_ds.model.counting import count_parameters
 from sra_ds.model.language_model import build_model
+from sra_ds.moe.placement import Placement
+from sra_ds.storage.run_dir import RunDir
 from sra_ds.training import environment
 from sra_ds.training.ds_config import (
     BatchPlan,
@@ -21,9 +23,9 @@ from sra_ds.training.ds_config import (
 )
 from sra_ds.training.logging import require_wandb
 from sra_ds.training.memory import estimate_bytes
-from sra_ds.training.run_dir import RunDir
+from sra_ds.training.placement import choose_placement
 
-BYTES_PER_WEIGHT, BYTES_PER_STATE = 4, 12
+BYTES_PER_WEIGHT, BYTES_PER_STATE = 4, 8
 
 
 class Resolved(NamedTuple):
@@ -34,6 +36,7 @@ class Resolved(NamedTuple):
     batches: BatchPlan
     device: torch.device
     dtype: torch.dtype
+    placement: Placement
     reasons: dict[str, str]
 
 
@@ -45,8 +48,11 @@ def resolve(recipe: Recipe, ds_path: Path) -> Resolved:
     dtype, dtype_reason = environment.choose_precision(recipe.training.precision, device)
     batches = plan_batches(recipe, environment.world_size())
     ds_config = merge_ds_config(read_ds_config(ds_path), recipe, batches, dtype, str(ds_path))
+    placement = choose_placement(
+        recipe, ds_config, str(ds_path), environment.world_size(), environment.rank()
+    )
     reasons = {"device": device_reason, "precision": dtype_reason}
-    return Resolved(recipe, ds_config, batches, device, dtype, reasons)
+    return Resolved(recipe, ds_config, batches, device, dtype, placement, reasons)
 
 
 def dry_run(resolved: Resolved, run: RunDir) -> dict[str, Any]:

@@ -22,15 +22,17 @@ from sra_ds.errors import TrainingError
 from sra_ds.evaluation.perplexity import Setting, capped_nll, evaluate
 from sra_ds.inference.load import load_weights_into
 from sra_ds.model.language_model import LanguageModel, build_model
-from sra_ds.training import checkpoint, environment
+from sra_ds.storage import checkpoint
+from sra_ds.storage.run_dir import RunDir, claim, open_run, read_json, refuse_overwriting
+from sra_ds.training import environment
 from sra_ds.training.anchors import seed_anchors
 from sra_ds.training.controllers import build_controllers
 from sra_ds.training.ds_config import zero_stage
 from sra_ds.training.engine import build_engine
+from sra_ds.training.engine_state import restore_engine
 from sra_ds.training.loop import Trainer, Validate
 from sra_ds.training.processes import from_first, start_processes
 from sra_ds.training.resume import Resumed, choose_checkpoint
-from sra_ds.training.run_dir import RunDir, claim, open_run, read_json, refuse_overwriting
 from sra_ds.workflow.report import report
 from sra_ds.workflow.resolve import Resolved
 
@@ -62,8 +64,9 @@ def _train(
 ) -> dict[str, Any] | None:
     recipe, batches = resolved.recipe, resolved.batches
     first = environment.rank() == 0
-    layout = checkpoint.Layout(batches.world_size, zero_stage(resolved.ds_config))
-    resumed = choose_checkpoint(run, recipe, layout) if resume else None
+    stage, size = zero_stage(resolved.ds_config), recipe.parallel.expert_parallel_size
+    layout = checkpoint.Layout(batches.world_size, stage, size)
+    resumed = choose_checkpoint(run, recipe) if resume else None
     if resumed is None and first:
         refuse_overwriting(run)
     elif (
@@ -80,18 +83,19 @@ def _train(
         recipe.training.seed,
         corpus.end_of_text_id,
     )
-    model = build_model(recipe)
-    if resumed is None:
-        _start_values(model, recipe, corpus, windows, init_from)
+    model = build_model(recipe, placement=resolved.placement)
     controllers = build_controllers(recipe, model)
-    engine = build_engine(model, recipe, resolved.ds_config)
+    if resumed is not None:
+        engine = _resumed_engine(model, resolved, resumed.folder)
+    else:
+        engine = _new_engine(model, resolved, corpus, windows, init_from)
     peak, _ = environment.peak_flops(resolved.device, resolved.dtype)
     trainer = Trainer(
         recipe, run, engine, windows, batches, layout, controllers,
         _validator(recipe, corpus, run, resolved.device), peak,
     )  # fmt: skip
     if resumed is not None:
-        trainer.restore(checkpoint.load_engine(engine, resumed.folder))
+        trainer.restore(read_json(resumed.folder / checkpoint.TRAINER))
     if first:
         _write_start(run, resolved, corpus, resumed)
     outcome = trainer.run()
@@ -130,25 +134,36 @@ def _write_start(
     shutil.copyfile(corpus.tokenizer_file, run.tokenizer_file)
 
 
-def _start_values(
+def _resumed_engine(model: LanguageModel, resolved: Resolved, folder: Path) -> Any:
+    """The engine with weights and optimizer state of a checkpoint of any layout."""
+    load_weights_into(model, folder)
+    engine = build_engine(model, resolved.recipe, resolved.ds_config)
+    weights = checkpoint.open_tensors(folder, checkpoint.WEIGHTS)
+    restore_engine(engine, weights, checkpoint.open_tensors(folder, checkpoint.OPTIMIZER))
+    return engine
+
+
+def _new_engine(
     model: LanguageModel,
-    recipe: Recipe,
+    resolved: Resolved,
     corpus: TokenCorpus,
     windows: TrainingWindows,
     init_from: Path | None,
-) -> None:
-    """Weights of another run, or anchors from the first batch where the recipe says so."""
-    channel = recipe.model.channel
+) -> Any:
+    """The engine with initial weights, or with those of another run of the same tokenizer."""
+    recipe = resolved.recipe
     if init_from is not None:
         source = open_run(init_from)
         corpus.require_tokenizer(file_sha256(source.tokenizer_file), str(init_from))
         load_weights_into(model, checkpoint.choose(source.checkpoints))
-    elif (
-        isinstance(channel, MoEChannelConfig)
-        and isinstance(channel.router, CosineRouterConfig)
-        and channel.router.anchors == "data"
-    ):
-        seed_anchors(model, windows.batch(0, recipe.training.batch_size), recipe.training.seed)
+    engine = build_engine(model, recipe, resolved.ds_config)
+    channel = recipe.model.channel
+    router = channel.router if isinstance(channel, MoEChannelConfig) else None
+    seeded = isinstance(router, CosineRouterConfig) and router.anchors == "data"
+    if seeded and init_from is None:
+        batch = windows.batch(0, recipe.training.batch_size)
+        seed_anchors(engine, batch.to(resolved.device), recipe.training.seed)
+    return engine
 
 
 def _validator(recipe: Recipe, corpus: TokenCorpus, run: RunDir, device: torch.device) -> Validate:

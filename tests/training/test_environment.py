@@ -54,13 +54,14 @@ def test_prebuild_is_done_already():
     ],
 )
 def test_limits_of_the_machine_give_a_remedy_in_one_line(error, says, tmp_path):
+    from sra_ds.moe.placement import WHOLE
+    from sra_ds.storage.run_dir import RunDir
     from sra_ds.training.ds_config import BatchPlan
-    from sra_ds.training.run_dir import RunDir
     from sra_ds.workflow.resolve import Resolved
     from sra_ds.workflow.train import _remedy
 
     plan = BatchPlan(8, 8, 1, 1)
-    resolved = Resolved(None, {}, plan, torch.device("cpu"), torch.float32, {})
+    resolved = Resolved(None, {}, plan, torch.device("cpu"), torch.float32, WHOLE, {})
     text = _remedy(error, resolved, RunDir(tmp_path / "run"))
     assert says in text and "\n" not in text
     assert _remedy(ValueError("a bug"), resolved, RunDir(tmp_path / "run")) is None

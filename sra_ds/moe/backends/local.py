@@ -14,6 +14,7 @@ class LocalBackend(nn.Module):
 
     def __init__(self, config: MoEChannelConfig, width: int, placement: Placement) -> None:
         super().__init__()
+        self.placement = placement
         self.experts = build_experts(config.expert, placement.expert_ids(config.experts), width)
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:

@@ -1,0 +1,279 @@
+"""Checkpoints that are complete or absent, and the same whatever layout wrote them.
+
+    checkpoints/<step>/manifest.json            layout, tokens, dead experts; size and hash of each file
+                       model*.safetensors       weights (float32 masters) and buffers
+                       optimizer*.safetensors   optimizer state
+                       trainer.json             step, controllers, best result
+    checkpoints/best -> best-<step>/            the same without optimizer state, a link
+    checkpoints/latest                          name of the newest complete one
+
+Each process writes the fragments it holds, with the names and positions of whole tensors, so a run goes
+on at any number of processes, ZeRO stage and expert parallelism. Everything is written into
+`<name>.partial`, counted and hashed, and renamed; link and name are replaced atomically after that.
+Nothing is pickled.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+from sra_ds.data.tokenizer import file_sha256
+from sra_ds.errors import CheckpointError
+from sra_ds.storage.fragments import Fragment, TensorFiles, write_fragments
+from sra_ds.storage.run_dir import read_json, write_atomically
+
+SCHEMA_VERSION = 2
+TRAINER, MANIFEST = "trainer.json", "manifest.json"
+WEIGHTS, OPTIMIZER = "model", "optimizer"
+
+
+class Layout(NamedTuple):
+    """How the processes that wrote a checkpoint shared the work."""
+
+    world_size: int = 1
+    zero_stage: int = 0
+    expert_parallel_size: int = 1
+
+
+class Contents(NamedTuple):
+    """What this process puts into a checkpoint; `facts` and `trainer` count on rank 0 only."""
+
+    tensors: dict[str, dict[str, Fragment]]
+    """Fragments by file stem, `WEIGHTS` and `OPTIMIZER`."""
+    trainer: dict[str, Any]
+    facts: dict[str, Any]
+    """Further entries of the manifest."""
+    expert_ids: range | None = None
+    """Experts of each layer whose weights this process writes."""
+
+
+def save_checkpoint(folder: Path, contents: Contents, layout: Layout) -> None:
+    """Write one checkpoint folder; collective.
+
+    Raises `CheckpointError` on every process if any of them failed; nothing complete is touched then.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    try:
+        _together(lambda: _new_folder(partial), only_first=True)
+        parts = _together(lambda: _write_tensors(partial, contents))
+        files = {name: entry for part in parts for name, entry in part.items()}
+        manifest = {
+            "schema_version": SCHEMA_VERSION, "layout": layout._asdict(), **contents.facts,
+            "files": files,
+        }  # fmt: skip
+        _together(lambda: _complete(partial, folder, contents.trainer, manifest), only_first=True)
+    except (OSError, RuntimeError, SafetensorError, CheckpointError):
+        if is_first():
+            shutil.rmtree(partial, ignore_errors=True)  # give its space back
+        raise
+
+
+def _new_folder(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _write_tensors(folder: Path, contents: Contents) -> dict[str, dict[str, Any]]:
+    """This process's files; their entries for the manifest."""
+    files: dict[str, dict[str, Any]] = {}
+    for stem, fragments in contents.tensors.items():
+        if fragments:
+            path = folder / _file_name(stem, _rank(), _world())
+            write_fragments(path, fragments)
+            files[path.name] = _entry(path)
+            if stem == WEIGHTS and contents.expert_ids is not None:
+                ids = contents.expert_ids
+                files[path.name]["experts"] = {"first": ids.start, "count": len(ids)}
+    return files
+
+
+def _complete(
+    partial: Path, folder: Path, trainer: dict[str, Any], manifest: dict[str, Any]
+) -> None:
+    """Add trainer state and manifest, and give the folder its name; rank 0 only."""
+    write_atomically(partial / TRAINER, json.dumps(trainer))
+    files = manifest["files"]
+    files[TRAINER] = _entry(partial / TRAINER)
+    for name, entry in files.items():
+        path = partial / name
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            raise CheckpointError(f"{path}: rank 0 does not see what another process wrote")
+    write_atomically(partial / MANIFEST, json.dumps(manifest, indent=1))
+    shutil.rmtree(folder, ignore_errors=True)  # a damaged one of the same step
+    os.replace(partial, folder)
+
+
+def point_latest_at(folder: Path) -> None:
+    """Name the newest complete checkpoint; rank 0 only."""
+    write_atomically(folder.parent / "latest", folder.name)
+
+
+def point_best_at(folder: Path) -> None:
+    """Make `best` a link to the folder and delete the one it replaces; rank 0 only."""
+    link = folder.parent / "best.partial"
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder.name)
+    os.replace(link, folder.parent / "best")
+    for older in folder.parent.glob("best-*"):
+        if older.name != folder.name:
+            shutil.rmtree(older, ignore_errors=True)
+
+
+def prune(checkpoints: Path, keep: int, newest: int) -> None:
+    """Delete all but the last `keep` checkpoints up to step `newest`, those of later steps that a
+    damaged run left, and what a crash left half-written."""
+    for leftover in checkpoints.glob("*.partial"):
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink()
+    steps = numbered(checkpoints)
+    kept = [step for step in steps if step <= newest][-keep:]
+    for step in set(steps).difference(kept):
+        shutil.rmtree(checkpoints / str(step), ignore_errors=True)
+
+
+def numbered(checkpoints: Path) -> list[int]:
+    """Steps of the checkpoint folders, rising."""
+    return sorted(int(path.name) for path in checkpoints.glob("*") if path.name.isdigit())
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint of this schema; raises `CheckpointError`."""
+    manifest: dict[str, Any] = read_json(folder / MANIFEST)
+    if manifest.get("schema_version") != SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{folder}: schema version {manifest.get('schema_version')} is unknown"
+        )
+    return manifest
+
+
+def verify(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Any]:
+    """The manifest of a checkpoint whose every wanted file matches it; raises `CheckpointError`."""
+    manifest = read_manifest(folder)
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if not wanted(name):
+            continue
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing")
+        if path.stat().st_size != entry["bytes"] or file_sha256(path) != entry["sha256"]:
+            raise CheckpointError(f"{path} is damaged (it differs from the manifest)")
+    return manifest
+
+
+def verify_together(folder: Path) -> None:
+    """Every process checks its share of the files; all raise `CheckpointError` if one finds fault.
+    Collective."""
+    rank, world = _rank(), _world()
+    files = sorted(read_manifest(folder)["files"])
+    _together(lambda: verify(folder, set(files[rank::world]).__contains__))
+
+
+def candidates(checkpoints: Path) -> list[Path]:
+    """Folders to go on from: the one `latest` names, then from the newest to the oldest."""
+    latest = checkpoints / "latest"
+    named = latest.read_text("utf-8").strip() if latest.is_file() else ""
+    names = [str(step) for step in reversed(numbered(checkpoints))]
+    if named in names:
+        names = [named, *(name for name in names if name != named)]
+    return [checkpoints / name for name in names]
+
+
+def first_complete(
+    folders: Sequence[Path], check: Callable[[Path], Any] = verify
+) -> tuple[Path, list[str]]:
+    """The first folder that passes the check, and why those before it did not."""
+    problems: list[str] = []
+    for folder in folders:
+        try:
+            check(folder)
+        except CheckpointError as error:
+            problems.append(str(error))
+        else:
+            return folder, problems
+    raise CheckpointError("; ".join(["no complete checkpoint", *problems]))
+
+
+def open_tensors(folder: Path, stem: str) -> TensorFiles:
+    """The weights or the optimizer state of a checkpoint, not verified again."""
+    names = [name for name in read_manifest(folder)["files"] if _is_of(name, stem)]
+    if not names:
+        raise CheckpointError(f"{folder} holds no {stem} files")
+    return TensorFiles(folder / name for name in names)
+
+
+def open_weights(folder: Path) -> tuple[TensorFiles, dict[str, Any]]:
+    """(weights, trainer state) of a checkpoint, whose files are verified first."""
+    verify(folder, lambda name: _is_of(name, WEIGHTS) or name == TRAINER)
+    return open_tensors(folder, WEIGHTS), read_json(folder / TRAINER)
+
+
+def choose(checkpoints: Path, which: str = "best") -> Path:
+    """`best` if there is one, else the newest complete; or a step, or `latest`."""
+    if which == "best":
+        if (checkpoints / "best" / MANIFEST).is_file():
+            return checkpoints / "best"
+        which = "latest"
+    if which == "latest":
+        return first_complete(candidates(checkpoints))[0]
+    if not (checkpoints / which / MANIFEST).is_file():
+        steps = ", ".join(map(str, numbered(checkpoints))) or "none"
+        raise CheckpointError(f"{checkpoints / which} does not exist; steps kept: {steps}")
+    return checkpoints / which
+
+
+def is_first() -> bool:
+    """Whether this is rank 0, or the only process."""
+    return _rank() == 0
+
+
+def _file_name(stem: str, rank: int, world: int) -> str:
+    """`model.safetensors`, or of one of several `model-00002-of-00004.safetensors`."""
+    return f"{stem}.safetensors" if world == 1 else f"{stem}-{rank:05d}-of-{world:05d}.safetensors"
+
+
+def _is_of(name: str, stem: str) -> bool:
+    return name.startswith((f"{stem}.", f"{stem}-")) and name.endswith(".safetensors")
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    """Size and hash of a file that is on the disk, not in a buffer."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def _together(act: Callable[[], Any], only_first: bool = False) -> list[Any]:
+    """What `act` gave on each process, or on rank 0 alone; if it failed on one, every process raises.
+    Collective."""
+    result, failure = None, None
+    try:
+        if not only_first or is_first():
+            result = act()
+    except (OSError, RuntimeError, SafetensorError, CheckpointError) as error:
+        failure = error
+    outcomes: list[Any] = [(result, None if failure is None else str(failure))]
+    if _world() > 1:
+        own, outcomes = outcomes[0], [None] * _world()
+        dist.all_gather_object(outcomes, own)
+    if failure is not None:
+        raise failure
+    for rank, (_, text) in enumerate(outcomes):
+        if text is not None:
+            raise CheckpointError(f"process {rank}: {text}")
+    return [found for found, _ in outcomes]
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
