@@ -11,7 +11,7 @@ from sra_ds.data.loader import TrainingWindows
 from sra_ds.data.prepare import prepare, split_from_files
 from sra_ds.data.shards import TokenCorpus, TokenSplit
 from sra_ds.data.tokenizer import end_of_text_id
-from sra_ds.errors import ConfigError
+from sra_ds.errors import ConfigError, DataError
 from sra_ds.evaluation.experts import health, load_over_tokens
 from sra_ds.evaluation.legacy import legacy_sra
 from sra_ds.evaluation.perplexity import Perplexity, Setting, evaluate
@@ -32,6 +32,8 @@ class Scoring(NamedTuple):
 def open_corpus(loaded: LoadedRun) -> TokenCorpus:
     """The corpus a run was trained on; refuses another text or tokenizer."""
     environment = loaded.run.environment()
+    if "corpus_folder" not in environment:
+        raise DataError(f"{loaded.run.path} was imported without its corpus; score a --text")
     folder = Path(environment["corpus_folder"])
     corpus = TokenCorpus(folder) if folder.is_dir() else prepare(loaded.recipe.data)
     corpus.require_tokenizer(environment["tokenizer_sha256"], str(loaded.run.path))

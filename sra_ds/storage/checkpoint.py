@@ -16,7 +16,7 @@ Nothing is pickled.
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +31,10 @@ from sra_ds.storage.run_dir import read_json, write_atomically
 SCHEMA_VERSION = 2
 TRAINER, MANIFEST = "trainer.json", "manifest.json"
 WEIGHTS, OPTIMIZER = "model", "optimizer"
+
+
+Entries = dict[str, dict[str, Any]]
+"""Size, hash and experts held by file name."""
 
 
 class Layout(NamedTuple):
@@ -61,17 +65,22 @@ def save_checkpoint(folder: Path, contents: Contents, layout: Layout) -> None:
     partial = folder.with_name(folder.name + ".partial")
     try:
         _together(lambda: _new_folder(partial), only_first=True)
-        parts = _together(lambda: _write_tensors(partial, contents))
-        files = {name: entry for part in parts for name, entry in part.items()}
-        manifest = {
-            "schema_version": SCHEMA_VERSION, "layout": layout._asdict(), **contents.facts,
-            "files": files,
-        }  # fmt: skip
-        _together(lambda: _complete(partial, folder, contents.trainer, manifest), only_first=True)
+        parts = _together(lambda: _write_tensors(partial, contents, _rank(), _world()))
+        _together(lambda: _complete(partial, folder, contents, layout, parts), only_first=True)
     except (OSError, RuntimeError, SafetensorError, CheckpointError):
         if is_first():
             shutil.rmtree(partial, ignore_errors=True)  # give its space back
         raise
+
+
+def save_parts(folder: Path, contents: Iterable[Contents], layout: Layout) -> None:
+    """Write alone what the processes of a layout would have written together, one after the other."""
+    partial = folder.with_name(folder.name + ".partial")
+    _new_folder(partial)
+    parts = []
+    for rank, own in enumerate(contents):
+        parts.append(_write_tensors(partial, own, rank, layout.world_size))
+    _complete(partial, folder, own, layout, parts)
 
 
 def _new_folder(folder: Path) -> None:
@@ -79,12 +88,12 @@ def _new_folder(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _write_tensors(folder: Path, contents: Contents) -> dict[str, dict[str, Any]]:
-    """This process's files; their entries for the manifest."""
-    files: dict[str, dict[str, Any]] = {}
+def _write_tensors(folder: Path, contents: Contents, rank: int, world: int) -> Entries:
+    """One process's files; their entries for the manifest."""
+    files: Entries = {}
     for stem, fragments in contents.tensors.items():
         if fragments:
-            path = folder / _file_name(stem, _rank(), _world())
+            path = folder / _file_name(stem, rank, world)
             write_fragments(path, fragments)
             files[path.name] = _entry(path)
             if stem == WEIGHTS and contents.expert_ids is not None:
@@ -94,16 +103,18 @@ def _write_tensors(folder: Path, contents: Contents) -> dict[str, dict[str, Any]
 
 
 def _complete(
-    partial: Path, folder: Path, trainer: dict[str, Any], manifest: dict[str, Any]
+    partial: Path, folder: Path, contents: Contents, layout: Layout, parts: list[Entries]
 ) -> None:
     """Add trainer state and manifest, and give the folder its name; rank 0 only."""
-    write_atomically(partial / TRAINER, json.dumps(trainer))
-    files = manifest["files"]
+    write_atomically(partial / TRAINER, json.dumps(contents.trainer))
+    files = {name: entry for part in parts for name, entry in part.items()}
     files[TRAINER] = _entry(partial / TRAINER)
     for name, entry in files.items():
         path = partial / name
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
             raise CheckpointError(f"{path}: rank 0 does not see what another process wrote")
+    layout_now = {"schema_version": SCHEMA_VERSION, "layout": layout._asdict()}
+    manifest = {**layout_now, **contents.facts, "files": files}
     write_atomically(partial / MANIFEST, json.dumps(manifest, indent=1))
     shutil.rmtree(folder, ignore_errors=True)  # a damaged one of the same step
     os.replace(partial, folder)

@@ -32,6 +32,11 @@ class Range(NamedTuple):
         """Whether it is all of the tensor."""
         return self.stop - self.start == math.prod(self.shape)
 
+    @property
+    def parts(self) -> int:
+        """How many ranges of this size make the tensor."""
+        return math.prod(self.shape) // (self.stop - self.start)
+
 
 class Fragment(NamedTuple):
     """The values of a range, flat."""
@@ -98,6 +103,10 @@ class TensorFiles:
             raise CheckpointError(
                 f"{self.paths[0].parent}: elements {start} to {stop} of {name} are not all there"
             )
+
+    def whole_fragment(self, name: str) -> Fragment:
+        """A whole tensor as one fragment."""
+        return whole_tensor(self.read(name))
 
     def read(self, name: str) -> Tensor:
         """A whole tensor."""

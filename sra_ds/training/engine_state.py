@@ -8,7 +8,6 @@ Weights are the float32 master copies where there are any, so that nothing is lo
 read here are those of DeepSpeed 0.19.8; `tests/training/test_engine_state.py` fails if they change.
 """
 
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -48,8 +47,7 @@ def engine_state(engine: Any) -> EngineState:
     weights = {name: whole_tensor(buffer) for name, buffer in buffers.items()}
     optimizer: dict[str, Fragment] = {}
     for name, parameter in engine.module.named_parameters():
-        parts = math.prod(ranges[name].shape) // (ranges[name].stop - ranges[name].start)
-        if engine.zero_optimization_stage() == 0 and engine.global_rank >= parts:
+        if engine.zero_optimization_stage() == 0 and engine.global_rank >= ranges[name].parts:
             continue  # the first processes hold the same and write it
         for piece in _pieces(engine, parameter):
             start = ranges[name].start + piece.start
