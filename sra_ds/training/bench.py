@@ -16,12 +16,12 @@ from tqdm import tqdm
 from sra_ds.config import Recipe
 from sra_ds.data.loader import Batch
 from sra_ds.errors import TrainingError
-from sra_ds.losses import auxiliary_losses, total_loss
-from sra_ds.model.language_model import LanguageModel, ModelOutput, build_model
+from sra_ds.model.language_model import LanguageModel, build_model
 from sra_ds.training.ds_config import merge_ds_config, plan_batches
 from sra_ds.training.engine import build_engine, build_optimizer
 from sra_ds.training.environment import choose_device
-from sra_ds.training.processes import over_ranks, start_processes
+from sra_ds.training.processes import start_processes
+from sra_ds.training.step import step_loss
 
 Step = Callable[[Batch], None]
 
@@ -40,7 +40,7 @@ def plain_step(recipe: Recipe, model: LanguageModel) -> Step:
     clip = recipe.training.gradient_clipping
 
     def step(batch: Batch) -> None:
-        _loss(model(*batch), recipe).backward()
+        step_loss(model(*batch), recipe.losses).total.backward()
         if clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
@@ -55,7 +55,7 @@ def engine_step(recipe: Recipe, model: LanguageModel, ds_config: dict[str, Any])
     engine = build_engine(model, recipe, merged)
 
     def step(batch: Batch) -> None:
-        engine.backward(_loss(engine(*batch), recipe))
+        engine.backward(step_loss(engine(*batch), recipe.losses).total)
         engine.step()
 
     return step
@@ -128,12 +128,6 @@ def in_fresh_process(arguments: list[str]) -> str:
     if result.returncode:
         raise TrainingError(f"{' '.join(arguments)} ended with exit code {result.returncode}")
     return result.stdout
-
-
-def _loss(output: ModelOutput, recipe: Recipe) -> torch.Tensor:
-    assert output.loss_sum is not None and output.token_count is not None
-    terms = auxiliary_losses(over_ranks(output.routings), recipe.losses)
-    return total_loss(output.loss_sum / output.token_count, terms)
 
 
 def _ratio(seconds: dict[str, list[float]], above: str, below: str) -> float:

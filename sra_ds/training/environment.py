@@ -32,7 +32,7 @@ def prepare_process() -> None:
     Raises `BackendUnavailable` for a build lock that a killed compilation left behind.
     """
     if "RANK" not in os.environ:
-        os.environ.update({**SINGLE_PROCESS, "MASTER_PORT": str(_free_port()), **os.environ})
+        os.environ.update({**SINGLE_PROCESS, "MASTER_PORT": str(free_port()), **os.environ})
     if "TORCH_EXTENSIONS_DIR" not in os.environ and sys.prefix != sys.base_prefix:
         os.environ["TORCH_EXTENSIONS_DIR"] = str(Path(sys.prefix) / "torch_extensions")
     if not torch.cuda.is_available():
@@ -71,7 +71,16 @@ def refuse_stale_build_locks() -> None:
             )
 
 
-def _free_port() -> int:
+def be_local_rank(rank: int, world_size: int, port: int) -> None:
+    """Make this process one of several on this machine, as a launcher would."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
+    place |= {"LOCAL_WORLD_SIZE": world_size, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in place.items()}
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+
+
+def free_port() -> int:
+    """A TCP port nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -22,7 +22,6 @@ from torch import Tensor
 from sra_ds.config import Recipe
 from sra_ds.data.loader import Batch, TrainingWindows
 from sra_ds.errors import TrainingError
-from sra_ds.losses import auxiliary_losses, total_loss
 from sra_ds.metrics import load_summary
 from sra_ds.model.counting import flops_per_token
 from sra_ds.moe.routing import Routing
@@ -34,7 +33,8 @@ from sra_ds.training.engine import plain_gradient_norm, set_learning_rate
 from sra_ds.training.engine_state import engine_state
 from sra_ds.training.health import NOT_FORWARD, RecentLoad, first_non_finite
 from sra_ds.training.logging import RunLog
-from sra_ds.training.processes import from_all, over_ranks, several
+from sra_ds.training.processes import from_all, several
+from sra_ds.training.step import step_loss
 from sra_ds.training.stop import StopRequest
 
 Validate = Callable[[Any, int, Callable[[], bool]], dict[str, Any] | None]
@@ -169,13 +169,8 @@ class Trainer:
             torch.manual_seed(_seed(self.recipe.training.seed, self.step, micro, self.rank))
             batch = self._batch(micro)
             output = self.engine(*batch)
-            routings = over_ranks(output.routings)
-            assert output.loss_sum is not None and output.token_count is not None
-            cross_entropy = output.loss_sum / output.token_count
-            terms = auxiliary_losses(routings, self.recipe.losses)
-            loss = total_loss(cross_entropy, terms)
-            found = {"loss": loss, "cross_entropy": cross_entropy}
-            found |= {name: value for name, (value, _) in terms.items()}
+            loss, cross_entropy, terms, routings = step_loss(output, self.recipe.losses)
+            found = {"loss": loss, "cross_entropy": cross_entropy, **terms}
             for name, value in found.items():
                 sums[name] = (
                     sums.get(name, 0.0) + value.detach().double() / self.batches.accumulation

@@ -12,7 +12,7 @@ from sra_ds.moe.routing import Routing
 
 def start_processes() -> None:
     """Join the other processes of the run; first use compiles DeepSpeed's shared-memory op on CPUs."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.init_distributed(verbose=False)
 
 

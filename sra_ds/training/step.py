@@ -1,0 +1,31 @@
+"""The loss of one forward pass, the same for the trainer, the benchmarks and the self-test."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from sra_ds.config.losses import LossesConfig
+from sra_ds.losses import auxiliary_losses, total_loss
+from sra_ds.model.language_model import ModelOutput
+from sra_ds.moe.routing import Routing
+from sra_ds.training.processes import over_ranks
+
+
+class StepLoss(NamedTuple):
+    """`total` is what backward starts from; `routings` are over all processes."""
+
+    total: Tensor
+    cross_entropy: Tensor
+    terms: dict[str, Tensor]
+    routings: list[Routing]
+
+
+def step_loss(output: ModelOutput, config: LossesConfig) -> StepLoss:
+    """Mean cross-entropy of this process's tokens plus the weighted auxiliary terms, whose statistics are
+    over all processes. Collective."""
+    assert output.loss_sum is not None and output.token_count is not None
+    cross_entropy = output.loss_sum / output.token_count
+    routings = over_ranks(output.routings)
+    terms = auxiliary_losses(routings, config)
+    values = {name: value for name, (value, _) in terms.items()}
+    return StepLoss(total_loss(cross_entropy, terms), cross_entropy, values, routings)
