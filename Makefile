@@ -1,6 +1,7 @@
-# make train   install into .venv and train the quickstart recipe
-# make test    install into .venv and run the test suite
-# make lint    formatting, lint and types
+# make train        install into .venv and train the quickstart recipe
+# make test         install into .venv and run the test suite
+# make lint         formatting, lint and types
+# make megablocks   add MegaBlocks, for model.channel.backend=megablocks
 #
 # TORCH_INDEX_URL points pip at an index of CPU wheels, PYTHON chooses the interpreter.
 
@@ -11,13 +12,18 @@ RECIPE ?= quickstart
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 INDEX := $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 
-.PHONY: train test test-slow lint install clean
+.PHONY: train test test-slow test-megablocks lint install megablocks clean
 
 train: $(VENV)/installed
 	$(BIN)/deepspeed launch/train.py --deepspeed ds_configs/zero2.json --recipe $(RECIPE)
 
-test: $(VENV)/installed-test
+test: $(VENV)/installed-test $(VENV)/installed-megablocks
 	$(BIN)/python -m pytest -m "not slow"
+	$(MAKE) test-megablocks
+
+# by itself: Triton decides when it is imported whether its kernels are for the CPU
+test-megablocks: $(VENV)/installed-test $(VENV)/installed-megablocks
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/moe/test_megablocks.py
 
 test-slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m slow
@@ -29,6 +35,8 @@ lint: $(VENV)/installed-test
 
 install: $(VENV)/installed
 
+megablocks: $(VENV)/installed-megablocks
+
 # torch first: left to a dependency's range, pip takes the newest CUDA build
 $(VENV)/installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +47,14 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt
 
 $(VENV)/installed-test: $(VENV)/installed
 	$(BIN)/pip install $(INDEX) -c constraints.txt --no-build-isolation -e '.[test]'
+	touch $@
+
+# --no-deps: it pins an older torch than it runs with. Where its setup.py finds nvcc it compiles kernels
+# that current compilers refuse, and sra_ds has stand-ins for them: torch tells it that there is none.
+$(VENV)/installed-megablocks: $(VENV)/installed
+	mkdir -p $(VENV)/no-nvcc
+	echo 'from torch.utils import cpp_extension; cpp_extension.CUDA_HOME = None' > $(VENV)/no-nvcc/sitecustomize.py
+	PYTHONPATH=$(CURDIR)/$(VENV)/no-nvcc $(BIN)/pip install $(INDEX) -c constraints.txt --no-build-isolation --no-deps triton stanford-stk megablocks
 	touch $@
 
 clean:

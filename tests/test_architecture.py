@@ -26,6 +26,7 @@ ALLOWED = {
     "inference": FOUNDATION | {"storage"},
     "cli": {"errors"},
     "workflow": FOUNDATION | {"storage", "training", "evaluation", "analysis", "inference"},
+    "selftest": FOUNDATION | {"storage", "training", "inference"},
     "__init__": FOUNDATION | {"storage", "evaluation", "analysis", "inference"},
 }
 OWNERS = {
@@ -34,8 +35,10 @@ OWNERS = {
         "training/processes.py",
         "training/prebuild.py",
         "moe/backends/deepspeed.py",
+        "moe/deepspeed_gate.py",
     },
     "megablocks": {"moe/backends/megablocks.py"},
+    "triton": {"moe/backends/megablocks.py"},
     "matplotlib": {"analysis/plots.py"},
     "wandb": {"training/logging.py"},
     "argparse": {"cli.py"},

@@ -1,12 +1,18 @@
 """Which backend runs the experts and which of them live here; what is known to go wrong is refused."""
 
-from typing import Any
+import json
+from typing import Any, cast
+
+import torch
 
 from sra_ds.config import Recipe
 from sra_ds.config.model import MoEChannelConfig
 from sra_ds.errors import ConfigError
-from sra_ds.moe.placement import WHOLE, Placement
+from sra_ds.moe.placement import WHOLE, BackendName, Placement
+from sra_ds.training import environment
+from sra_ds.training.backend_choice import choose_backend
 from sra_ds.training.ds_config import zero_stage
+from sra_ds.training.processes import from_first
 
 EP = "parallel.expert_parallel_size"
 BACKEND = "model.channel.backend"
@@ -14,9 +20,13 @@ BACKEND = "model.channel.backend"
 
 def choose_placement(
     recipe: Recipe, ds_config: dict[str, Any], where: str, world_size: int, rank: int
-) -> Placement:
-    """The placement a recipe and a DeepSpeed configuration ask for; raises `ConfigError` with the reason
-    for one that is impossible or would train wrongly. `where` names the configuration."""
+) -> Placement | None:
+    """The placement a recipe and a DeepSpeed configuration ask for; None for `auto`, which is settled once
+    all processes are there.
+
+    Raises `ConfigError` with the reason for one that is impossible or would train wrongly. `where` names
+    the configuration.
+    """
     channel, size = recipe.model.channel, recipe.parallel.expert_parallel_size
     if not isinstance(channel, MoEChannelConfig):
         if size > 1:
@@ -25,16 +35,35 @@ def choose_placement(
     if size > 1:
         _check_sizes(recipe, channel, world_size)
         _check_zero(recipe, ds_config, where)
-    assert channel.backend != "auto"
-    return Placement(channel.backend, size, rank % size)
+        return Placement("deepspeed", size, rank % size)
+    return None if channel.backend == "auto" else Placement(channel.backend)
+
+
+def require_backend(placement: Placement | None, device: torch.device) -> None:
+    """Raise `BackendUnavailable` for a backend that is not installed or cannot run on this device."""
+    if placement is not None and placement.backend == "megablocks":
+        from sra_ds.moe.backends.megablocks import load_library, require_device
+
+        require_device(device, load_library().interpreted)
+
+
+def settle_placement(
+    recipe: Recipe, tokens: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Placement, str]:
+    """What `auto` stands for, for micro-batches of `tokens`, and why: rank 0 measures, all take its
+    choice. Collective."""
+    found = {"backend": "", "reason": ""}
+    if environment.rank() == 0:
+        choice = choose_backend(recipe, tokens, device, dtype)
+        found = {"backend": choice.backend, "reason": choice.reason()}
+    found = json.loads(from_first(json.dumps(found)))
+    return Placement(cast(BackendName, found["backend"])), found["reason"]
 
 
 def _check_sizes(recipe: Recipe, channel: MoEChannelConfig, world_size: int) -> None:
     size = recipe.parallel.expert_parallel_size
-    if channel.backend != "deepspeed":
-        raise ConfigError(
-            f"{EP}={size} needs {BACKEND}=deepspeed; {channel.backend} holds all experts on each process"
-        )
+    if channel.backend not in ("deepspeed", "auto"):
+        raise ConfigError(f"{EP}={size} needs {BACKEND}=deepspeed, not {channel.backend}")
     if world_size % size:
         raise ConfigError(f"{EP}={size} does not divide the {world_size} process(es)")
     if channel.experts % size:

@@ -23,7 +23,7 @@ from sra_ds.training.ds_config import (
 )
 from sra_ds.training.logging import require_wandb
 from sra_ds.training.memory import estimate_bytes
-from sra_ds.training.placement import choose_placement
+from sra_ds.training.placement import choose_placement, require_backend
 
 BYTES_PER_WEIGHT, BYTES_PER_STATE = 4, 8
 
@@ -36,7 +36,8 @@ class Resolved(NamedTuple):
     batches: BatchPlan
     device: torch.device
     dtype: torch.dtype
-    placement: Placement
+    placement: Placement | None
+    """None while `backend: auto` waits for the processes."""
     reasons: dict[str, str]
 
 
@@ -48,9 +49,9 @@ def resolve(recipe: Recipe, ds_path: Path) -> Resolved:
     dtype, dtype_reason = environment.choose_precision(recipe.training.precision, device)
     batches = plan_batches(recipe, environment.world_size())
     ds_config = merge_ds_config(read_ds_config(ds_path), recipe, batches, dtype, str(ds_path))
-    placement = choose_placement(
-        recipe, ds_config, str(ds_path), environment.world_size(), environment.rank()
-    )
+    world_size, rank = environment.world_size(), environment.rank()
+    placement = choose_placement(recipe, ds_config, str(ds_path), world_size, rank)
+    require_backend(placement, device)
     reasons = {"device": device_reason, "precision": dtype_reason}
     return Resolved(recipe, ds_config, batches, device, dtype, placement, reasons)
 

@@ -31,6 +31,7 @@ from sra_ds.training.ds_config import zero_stage
 from sra_ds.training.engine import build_engine
 from sra_ds.training.engine_state import restore_engine
 from sra_ds.training.loop import Trainer, Validate
+from sra_ds.training.placement import settle_placement
 from sra_ds.training.processes import from_first, start_processes
 from sra_ds.training.resume import Resumed, choose_checkpoint
 from sra_ds.workflow.report import report
@@ -62,6 +63,7 @@ def train(
 def _train(
     resolved: Resolved, run: RunDir, resume: bool, init_from: Path | None
 ) -> dict[str, Any] | None:
+    resolved = _settled(resolved)
     recipe, batches = resolved.recipe, resolved.batches
     first = environment.rank() == 0
     stage, size = zero_stage(resolved.ds_config), recipe.parallel.expert_parallel_size
@@ -83,6 +85,7 @@ def _train(
         recipe.training.seed,
         corpus.end_of_text_id,
     )
+    assert resolved.placement is not None
     model = build_model(recipe, placement=resolved.placement)
     controllers = build_controllers(recipe, model)
     if resumed is not None:
@@ -107,6 +110,18 @@ def _train(
             f"go on with --resume --run {run.path}"
         )
     return None
+
+
+def _settled(resolved: Resolved) -> Resolved:
+    """With the backend that `auto` stands for. Collective."""
+    if resolved.placement is not None:
+        return resolved
+    tokens = resolved.batches.micro_batch_size * resolved.recipe.data.sequence_length
+    placement, reason = settle_placement(resolved.recipe, tokens, resolved.device, resolved.dtype)
+    if environment.rank() == 0:
+        _say(f"backend {placement.backend} ({reason})")
+    reasons = {**resolved.reasons, "backend": reason}
+    return resolved._replace(placement=placement, reasons=reasons)
 
 
 def _write_start(
@@ -162,7 +177,7 @@ def _new_engine(
     seeded = isinstance(router, CosineRouterConfig) and router.anchors == "data"
     if seeded and init_from is None:
         batch = windows.batch(0, recipe.training.batch_size)
-        seed_anchors(engine, batch.to(resolved.device), recipe.training.seed)
+        seed_anchors(engine.module, engine, batch.to(resolved.device), recipe.training.seed)
     return engine
 
 

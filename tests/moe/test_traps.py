@@ -326,7 +326,7 @@ def test_trap_v2_3_a_forward_pass_never_seeds_anchors(tiny_recipe: Builder, trai
     recipe = tiny_recipe("moe-cosine", routed({"anchors": "data"}, 2))
     seeded = build_model(recipe)
     ids_BT, targets_BT = batch()
-    seed_anchors(seeded, Batch(ids_BT, targets_BT, torch.zeros_like(ids_BT)), seed=1)
+    seed_anchors(seeded, seeded, Batch(ids_BT, targets_BT, torch.zeros_like(ids_BT)), seed=1)
     loaded = build_model(recipe)
     loaded.load_state_dict(seeded.state_dict())
     loaded.train(training)
@@ -355,7 +355,7 @@ def test_trap_v2_3_seeded_anchors_are_normalised_router_inputs_of_valid_tokens(
     first = Batch(ids_BT, targets_BT, torch.zeros_like(ids_BT), valid_BT)
     models = [build_model(recipe), build_model(recipe)]
     for model in models:
-        seed_anchors(model, first, seed=1)
+        seed_anchors(model, model, first, seed=1)
     inputs: list[Tensor] = []
     for router, twin in zip(*[model.routers() for model in models], strict=True):
         assert torch.equal(router.anchors, twin.anchors)
@@ -368,7 +368,7 @@ def test_trap_v2_3_seeded_anchors_are_normalised_router_inputs_of_valid_tokens(
         assert len(set(best_E.indices.tolist())) == 4
     valid_BT = torch.arange(16).expand(4, 16) < torch.tensor([[3], [0], [0], [0]])
     with pytest.raises(ConfigError, match="experts=4"):
-        seed_anchors(models[1], first._replace(valid_BT=valid_BT), seed=1)
+        seed_anchors(models[1], models[1], first._replace(valid_BT=valid_BT), seed=1)
 
 
 def test_trap_v2_4_deliberate_zeros_stay_zeros(tiny_recipe: Builder, tmp_path: Path) -> None:

@@ -1,0 +1,130 @@
+"""`model.channel.backend=auto`: the fastest backend for this recipe on this machine, measured once.
+
+Each backend installed here runs one routed layer of the recipe forward and backward in turn; the medians
+are kept in the user's cache under everything they depend on.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import statistics
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from sra_ds.config import Recipe
+from sra_ds.config.model import MoEChannelConfig
+from sra_ds.model.init import generator
+from sra_ds.moe.layer import build_backend
+from sra_ds.moe.placement import BackendName, Placement
+from sra_ds.moe.routing import Routing, route
+from sra_ds.storage.run_dir import write_atomically
+
+ROUNDS, WARM_UP = 7, 2
+MAX_TOKENS = 8192
+
+
+class Choice(NamedTuple):
+    """The fastest backend and the median milliseconds of each."""
+
+    backend: BackendName
+    milliseconds: dict[BackendName, float]
+    measured_now: bool
+
+    def reason(self) -> str:
+        """For people."""
+        times = ", ".join(f"{name} {value:.1f} ms" for name, value in self.milliseconds.items())
+        when = "measured now" if self.measured_now else "measured before"
+        return f"auto: {times} a layer, forward and backward ({when})"
+
+
+def installed_backends(device: torch.device) -> list[BackendName]:
+    """What can run on this device; MegaBlocks' kernels need a GPU."""
+    names: list[BackendName] = ["local", "deepspeed"]
+    if device.type == "cuda" and find_spec("megablocks"):
+        names.append("megablocks")
+    return names
+
+
+def choose_backend(
+    recipe: Recipe, tokens: int, device: torch.device, dtype: torch.dtype, cache: Path | None = None
+) -> Choice:
+    """Measure, or remember, for micro-batches of `tokens` on a process."""
+    tokens = min(tokens, MAX_TOKENS)
+    names = installed_backends(device)
+    path = _cache_folder(cache) / f"{_key(recipe, tokens, device, dtype, names)}.json"
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        if isinstance(found, dict) and set(found) == set(names):
+            return Choice(min(names, key=lambda name: float(found[name])), found, False)
+    except (OSError, ValueError):
+        pass  # not measured yet
+    medians = _measure(recipe, tokens, device, dtype, names)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(medians))
+    return Choice(min(names, key=lambda name: medians[name]), medians, True)
+
+
+def _measure(
+    recipe: Recipe, tokens: int, device: torch.device, dtype: torch.dtype, names: list[BackendName]
+) -> dict[BackendName, float]:
+    """Median milliseconds of forward and backward, all backends in turn on the same routing."""
+    channel, width = recipe.model.channel, recipe.model.width
+    assert isinstance(channel, MoEChannelConfig)
+    seeds = generator(0, "backend")
+    x_TD = torch.randn(tokens, width, generator=seeds).to(device, dtype)
+    scores_TE = torch.randn(tokens, channel.experts, generator=seeds).to(device)
+    routing = route(scores_TE, channel.top_k, "selected")
+    layers = {}
+    for name in names:
+        with torch.device("meta"):
+            layer = build_backend(channel, width, Placement(name))
+        layers[name] = layer.to_empty(device=device).to(dtype)
+        for parameter in layers[name].parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+    times: dict[BackendName, list[float]] = {name: [] for name in names}
+    for _ in range(ROUNDS + WARM_UP):
+        for name, layer in layers.items():
+            times[name].append(_time(layer, x_TD, routing))
+    return {name: 1e3 * statistics.median(values[WARM_UP:]) for name, values in times.items()}
+
+
+def _time(layer: torch.nn.Module, x_TD: torch.Tensor, routing: Routing) -> float:
+    x_TD = x_TD.detach().requires_grad_()
+    _wait(x_TD.device)
+    start = time.perf_counter()
+    layer(x_TD, routing).float().sum().backward()
+    _wait(x_TD.device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _key(
+    recipe: Recipe, tokens: int, device: torch.device, dtype: torch.dtype, names: list[BackendName]
+) -> str:
+    """Hash of everything the times depend on."""
+    what = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    facts: dict[str, Any] = {
+        "channel": recipe.model.channel.model_dump(mode="json"),
+        "width": recipe.model.width,
+        "tokens": tokens,
+        "dtype": str(dtype),
+        "device": [what, torch.get_num_threads()],
+        "versions": [importlib.metadata.version(name) for name in ("torch", "deepspeed")],
+        "names": names,
+    }
+    text = json.dumps(facts, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _cache_folder(given: Path | None) -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return given or Path(root) / "sra_ds" / "backends"
