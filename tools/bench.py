@@ -1,7 +1,8 @@
 """Measure on this machine, as ratios within one run.
 
-step    step time of a recipe over its dense twin, and of the DeepSpeed engine over plain torch
-memory  peak memory of one training step, in plain torch and at ZeRO-2, each in a fresh process
+step      step time of a recipe over its dense twin, and of the DeepSpeed engine over plain torch
+backends  a recipe with every backend installed here, and its dense twin: time, MFU, GPU memory
+memory    peak memory of one training step, in plain torch and at ZeRO-2, each in a fresh process
 """
 
 import argparse
@@ -22,8 +23,9 @@ STAGES = ("0", "1", "2", "3")
 def main() -> int:
     """Parse and run."""
     parser = cli.parser(__doc__ or "")
-    parser.add_argument("what", choices=("step", "memory"))
+    parser.add_argument("what", choices=("step", "backends", "memory"))
     parser.add_argument("--recipes", nargs="+", help="the recipe, then its dense twin")
+    parser.add_argument("--batch", type=cli.at_least(1), help="windows a step, for backends")
     parser.add_argument(
         "--stages", nargs="*", choices=STAGES, default=STAGES[:3], help="ZeRO stages for step"
     )
@@ -45,6 +47,11 @@ def command(arguments: argparse.Namespace) -> dict[str, Any]:
         recipes = [load_recipe(n, whole) for n in arguments.recipes or ["sra-small", "dense-small"]]
         stages = {f"zero{stage}": ds_config(stage) for stage in arguments.stages}
         return bench.bench_step(recipes, stages, arguments.rounds)
+    if arguments.what == "backends":
+        batch = [f"training.batch_size={arguments.batch}"] if arguments.batch else []
+        names = arguments.recipes or ["sra-small", "dense-small"]
+        recipe, dense = (load_recipe(name, [*whole[1:], *batch]) for name in names[:2])
+        return bench.bench_backends(recipe, dense, ds_config("2"), arguments.rounds)
     name = (arguments.recipes or ["sra-128e"])[0]
     size = f"training.batch_size={arguments.micro_batch}"
     if arguments.one:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sra_ds import cli
-from sra_ds.selftest import compare_layouts, kill_and_resume
+from sra_ds.training.environment import prepare_process
 
 ROOT = Path(__file__).resolve().parents[1]
 DIFFERENCES = ("loss_difference", "update_difference", "resumed_loss_difference")
@@ -33,6 +33,9 @@ def main() -> int:
 
 def check(arguments: argparse.Namespace) -> dict[str, Any]:
     """All cases, then the killed run."""
+    prepare_process()
+    from sra_ds.selftest import compare_layouts, kill_and_resume  # DeepSpeed reads the environment
+
     with tempfile.TemporaryDirectory() as name:
         rows = compare_layouts(arguments.world, Path(name))
         passed, killed = all(row["passed"] for row in rows), None

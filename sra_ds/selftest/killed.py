@@ -85,7 +85,7 @@ def _start(world: int, command: list[str]) -> "subprocess.Popen[str]":
     launcher = [sys.executable]
     if world > 1:
         launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={world}"]
-        launcher += [f"--master_port={free_port()}"]
+        launcher += [f"--master_port={free_port()}", "--"]  # or torchrun takes --run for its own
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
     return subprocess.Popen(
         [*launcher, *command], env=clean, text=True, start_new_session=True,

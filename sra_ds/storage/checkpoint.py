@@ -182,9 +182,12 @@ def verify(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> d
 def verify_together(folder: Path) -> None:
     """Every process checks its share of the files; all raise `CheckpointError` if one finds fault.
     Collective."""
-    rank, world = _rank(), _world()
-    files = sorted(read_manifest(folder)["files"])
-    _together(lambda: verify(folder, set(files[rank::world]).__contains__))
+
+    def own_share() -> None:
+        files = sorted(read_manifest(folder)["files"])
+        verify(folder, set(files[_rank() :: _world()]).__contains__)
+
+    _together(own_share)
 
 
 def candidates(checkpoints: Path) -> list[Path]:

@@ -104,6 +104,11 @@ def merge_ds_config(
         if given != "auto" and not same:
             raise ConfigError(f"{where}: {key}={given} contradicts the recipe's {owner}={value}")
         merged[key] = value
+    for part in ("offload_optimizer", "offload_param"):
+        if ds_config.get("zero_optimization", {}).get(part, {}).get("device") == "nvme":
+            raise ConfigError(
+                f"{where}: {part}.device=nvme keeps weights where checkpoints do not reach them; use cpu"
+            )
     if dtype == torch.bfloat16 and zero_stage(ds_config) == 0:
         raise ConfigError(
             f"{where}: bf16 at ZeRO stage 0 has no float32 master weights and trains differently from "

@@ -21,8 +21,8 @@ BACKEND = "model.channel.backend"
 def choose_placement(
     recipe: Recipe, ds_config: dict[str, Any], where: str, world_size: int, rank: int
 ) -> Placement | None:
-    """The placement a recipe and a DeepSpeed configuration ask for; None for `auto`, which is settled once
-    all processes are there.
+    """The placement a recipe and a DeepSpeed configuration ask for; None for `auto`, which is settled
+    once all processes are there.
 
     Raises `ConfigError` with the reason for one that is impossible or would train wrongly. `where` names
     the configuration.

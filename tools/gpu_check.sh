@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, within ten minutes and without a network:
+#   tools/gpu_check.sh [OUT]        writes OUT/gpu_check.json (default: gpu_check/)
+#
+# Needs Python 3.12 and torch 2.11 or later with CUDA. Packages that are missing there are taken from
+# $WHEELS (default: wheels/), where you have put deepspeed's and the others that
+#   pip download --no-deps -d wheels/ deepspeed==0.19.8 ...
+# gives. RECIPES names the recipe and its dense twin, BATCH the windows of a step.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+OUT=${1:-gpu_check}
+WHEELS=${WHEELS:-wheels}
+RECIPES=${RECIPES:-sra-128e dense-29m}
+BATCH=${BATCH:-64}
+PYTHON=${PYTHON:-python3}
+mkdir -p "$OUT"
+OUT=$(cd "$OUT" && pwd)
+if compgen -G "$WHEELS/*.whl" > /dev/null; then
+    "$PYTHON" -m pip install -q --no-index --no-deps --upgrade --target "$OUT/site" "$WHEELS"/*.whl
+    export PYTHONPATH="$OUT/site${PYTHONPATH:+:$PYTHONPATH}"
+fi
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+
+part() { # name, seconds it may take, command
+    local name=$1 limit=$2 start=$SECONDS
+    shift 2
+    echo "== $name (at most $limit s)"
+    timeout "$limit" "$@" > "$OUT/$name.out" 2> "$OUT/$name.err"
+    local code=$?
+    echo "$code $((SECONDS - start))" > "$OUT/$name.code"
+    echo "   exit $code after $((SECONDS - start)) s"
+}
+
+part tests 120 "$PYTHON" -m pytest -q -m gpu tests
+part selftest 150 "$PYTHON" tools/selftest.py --world 1 --kills 0 --json
+# shellcheck disable=SC2086
+part backends 270 "$PYTHON" tools/bench.py backends --recipes $RECIPES --batch "$BATCH" --json
+
+"$PYTHON" - "$OUT" <<'PYTHON'
+import datetime
+import json
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+out = Path(sys.argv[1])
+found = {
+    "date": datetime.date.today().isoformat(),
+    "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU",
+    "torch": torch.__version__,
+    "python": platform.python_version(),
+}
+for name in ("tests", "selftest", "backends"):
+    code, seconds = (out / f"{name}.code").read_text().split()
+    text = (out / f"{name}.out").read_text()
+    try:
+        result = json.loads(text)
+    except ValueError:
+        result = text.strip().splitlines()[-3:]
+    errors = (out / f"{name}.err").read_text().strip().splitlines()[-3:] if code != "0" else []
+    found[name] = {"exit": int(code), "seconds": int(seconds), "result": result, "errors": errors}
+(out / "gpu_check.json").write_text(json.dumps(found, indent=1))
+print(out / "gpu_check.json")
+PYTHON
+# pytest exits 5 where no test asks for a GPU
+! grep -hqv "^[05] " "$OUT"/*.code
