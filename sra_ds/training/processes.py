@@ -8,12 +8,14 @@ import torch
 import torch.distributed as dist
 
 from sra_ds.moe.routing import Routing
+from sra_ds.training.rendezvous import start_together
 
 
 def start_processes() -> None:
-    """Join the other processes of the run; first use compiles DeepSpeed's shared-memory op on CPUs."""
+    """Join the other processes of the run, or say which host does not come (`TrainingError`); first use
+    compiles DeepSpeed's shared-memory op on CPUs."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    deepspeed.init_distributed(verbose=False)
+    start_together(lambda: deepspeed.init_distributed(verbose=False))
 
 
 def finish_processes() -> None:
