@@ -18,6 +18,7 @@ COMMANDS = [
 BY_HAND = {
     "tools/compare.py": "trains six models; tests/test_cli.py runs it on tiny ones",
     "tools/bench.py": "needs minutes of a quiet machine",
+    "tools/selftest.py": "tests/selftest runs it",
 }
 
 
@@ -32,8 +33,8 @@ def run(tmp_path_factory):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_of_the_readme_works(run, command):
-    words = shlex.split(command.replace("$RUN", str(run)))
+def test_a_command_of_the_readme_works(run, command, tmp_path):
+    words = shlex.split(command.replace("$RUN", str(run)).replace("$OUT", str(tmp_path / "out")))
     program = next(word for word in words if word.endswith(".py"))
     if program in BY_HAND:
         pytest.skip(BY_HAND[program])

@@ -2,6 +2,7 @@
 
 step      step time of a recipe over its dense twin, and of the DeepSpeed engine over plain torch
 backends  a recipe with every backend installed here, and its dense twin: time, MFU, GPU memory
+scaling   throughput of two processes over one, one thread and the same batch each
 memory    peak memory of one training step, in plain torch and at ZeRO-2, each in a fresh process
 """
 
@@ -23,7 +24,7 @@ STAGES = ("0", "1", "2", "3")
 def main() -> int:
     """Parse and run."""
     parser = cli.parser(__doc__ or "")
-    parser.add_argument("what", choices=("step", "backends", "memory"))
+    parser.add_argument("what", choices=("step", "backends", "scaling", "memory"))
     parser.add_argument("--recipes", nargs="+", help="the recipe, then its dense twin")
     parser.add_argument("--batch", type=cli.at_least(1), help="windows a step, for backends")
     parser.add_argument(
@@ -41,6 +42,7 @@ def command(arguments: argparse.Namespace) -> dict[str, Any]:
     """Dispatch to the measurement."""
     prepare_process()
     from sra_ds.training import bench  # DeepSpeed reads the environment when it is imported
+    from sra_ds.training.scaling import bench_scaling
 
     whole = ["training.precision=fp32", "training.micro_batch_size=0"]
     if arguments.what == "step":
@@ -52,6 +54,9 @@ def command(arguments: argparse.Namespace) -> dict[str, Any]:
         names = arguments.recipes or ["sra-small", "dense-small"]
         recipe, dense = (load_recipe(name, [*whole[1:], *batch]) for name in names[:2])
         return bench.bench_backends(recipe, dense, ds_config("2"), arguments.rounds)
+    if arguments.what == "scaling":
+        names = arguments.recipes or ["sra-small"]
+        return bench_scaling(load_recipe(names[0], whole), ds_config("2"), arguments.rounds)
     name = (arguments.recipes or ["sra-128e"])[0]
     size = f"training.batch_size={arguments.micro_batch}"
     if arguments.one:

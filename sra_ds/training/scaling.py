@@ -1,0 +1,79 @@
+"""Weak scaling on this machine: processes of one thread with the same batch each, one against two."""
+
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+
+from sra_ds.config import Recipe
+from sra_ds.model.language_model import build_model
+from sra_ds.training.bench import random_batch
+from sra_ds.training.ds_config import merge_ds_config, plan_batches
+from sra_ds.training.engine import build_engine
+from sra_ds.training.environment import be_local_rank, free_port, prepare_process
+from sra_ds.training.processes import finish_processes, start_processes
+from sra_ds.training.step import step_loss
+
+STEPS, WARM_UP = 8, 2
+
+
+def bench_scaling(recipe: Recipe, ds_config: dict[str, Any], rounds: int) -> dict[str, Any]:
+    """Median tokens per second of one process and of two, in turn, and the median ratio of a round. The
+    recipe's batch is a quarter of its own, per process."""
+    windows = max(1, recipe.training.batch_size // 4)
+    tokens = windows * recipe.data.sequence_length
+    speeds: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(rounds):
+        for world in speeds:
+            with tempfile.TemporaryDirectory() as name:
+                arguments = (world, free_port(), recipe, ds_config, windows, Path(name))
+                spawn(_process, arguments, nprocs=world)
+                seconds = json.loads((Path(name) / "seconds.json").read_text("utf-8"))
+            speeds[world].append(world * tokens / seconds)
+    ratios = [two / one for one, two in zip(speeds[1], speeds[2], strict=True)]
+    return {
+        "recipe": recipe.name,
+        "windows_per_process": windows,
+        "tokens_per_second": {str(n): statistics.median(found) for n, found in speeds.items()},
+        "two_over_one": statistics.median(ratios),
+        "all_ratios": ratios,
+    }
+
+
+def _process(
+    rank: int,
+    world: int,
+    port: int,
+    recipe: Recipe,
+    ds_config: dict[str, Any],
+    windows: int,
+    folder: Path,
+) -> None:
+    be_local_rank(rank, world, port)
+    prepare_process()
+    torch.set_num_threads(1)
+    start_processes()
+    training = recipe.training.model_copy(update={"batch_size": windows * world})
+    recipe = recipe.model_copy(update={"training": training})
+    plan = plan_batches(recipe, world)
+    merged = merge_ds_config(ds_config, recipe, plan, torch.float32, "bench")
+    engine = build_engine(build_model(recipe), recipe, merged)
+    times = []
+    for step in range(STEPS + WARM_UP):
+        batch = random_batch(recipe, windows, step * world + rank).to(engine.device)
+        dist.barrier()
+        start = time.perf_counter()
+        engine.backward(step_loss(engine(*batch), recipe.losses).total)
+        engine.step()
+        dist.barrier()
+        times.append(time.perf_counter() - start)
+    if rank == 0:
+        median = statistics.median(times[WARM_UP:])
+        (folder / "seconds.json").write_text(json.dumps(median), "utf-8")
+    finish_processes()
