@@ -37,6 +37,9 @@ from sra_ds.training.resume import Resumed, choose_checkpoint
 from sra_ds.workflow.report import report
 from sra_ds.workflow.resolve import Resolved
 
+SEED_TOKENS = 16_384
+"""Tokens of the first batch that anchors are taken from, whatever the layout."""
+
 
 def train(
     resolved: Resolved, run: RunDir, resume: bool = False, init_from: Path | None = None
@@ -176,7 +179,8 @@ def _new_engine(
     router = channel.router if isinstance(channel, MoEChannelConfig) else None
     seeded = isinstance(router, CosineRouterConfig) and router.anchors == "data"
     if seeded and init_from is None:
-        batch = windows.batch(0, recipe.training.batch_size)
+        enough = max(1, SEED_TOKENS // recipe.data.sequence_length)
+        batch = windows.batch(0, recipe.training.batch_size, slice(0, enough))
         seed_anchors(engine.module, engine, batch.to(resolved.device), recipe.training.seed)
     return engine
 
