@@ -123,7 +123,7 @@ def _rank(
     dist.barrier()
     finish_processes()
     sys.stdout.flush()
-    os._exit(0)  # gloo's threads may still free tensors, which aborts an interpreter that is closing
+    os._exit(0)  # gloo's threads may still free tensors, and abort an interpreter that closes
 
 
 def _load(file: str, name: str) -> Callable[..., Any]:
