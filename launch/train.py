@@ -4,7 +4,6 @@ Also runs under torchrun and plain python. Without --recipe it trains `quickstar
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ from typing import Any
 from sra_ds import cli
 from sra_ds.config import load_recipe
 from sra_ds.errors import ConfigError
-from sra_ds.training.environment import prepare_process, rank
 from sra_ds.storage.run_dir import RunDir, new_run_dir, newest_run, open_run
+from sra_ds.training.environment import leave, prepare_process, rank, world_size
 
 
 def main() -> int:
@@ -31,9 +30,8 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="resolve everything, then stop")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     code = cli.run(parser.parse_intermixed_args(), command, show)
-    sys.stdout.flush()
-    if code:
-        os._exit(code)  # other ranks may wait in a collective: do not wait for them
+    if code or world_size() > 1:
+        leave(code)
     return code
 
 

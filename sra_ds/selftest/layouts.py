@@ -36,6 +36,7 @@ from sra_ds.training.environment import (
     be_local_rank,
     choose_device,
     free_port,
+    leave,
     prepare_process,
 )
 from sra_ds.training.processes import finish_processes, start_processes
@@ -103,6 +104,7 @@ def _process(rank: int, world: int, port: int, folder: Path) -> None:
     if rank == 0:
         (folder / "layouts.json").write_text(json.dumps(rows), "utf-8")
     finish_processes()
+    leave()
 
 
 def _run_case(case: Case, reference: Reference, after: Path, before: Path) -> dict[str, Any]:

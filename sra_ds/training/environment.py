@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 import torch
@@ -77,6 +78,14 @@ def be_local_rank(rank: int, world_size: int, port: int) -> None:
     place |= {"LOCAL_WORLD_SIZE": world_size, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in place.items()}
     os.environ["MASTER_ADDR"] = "127.0.0.1"
+
+
+def leave(code: int = 0) -> NoReturn:
+    """End one of several processes without closing the interpreter: other ranks may wait in a collective,
+    and gloo's threads may still free tensors, which aborts an interpreter that closes."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def free_port() -> int:

@@ -16,7 +16,7 @@ from sra_ds.model.language_model import build_model
 from sra_ds.training.bench import random_batch
 from sra_ds.training.ds_config import merge_ds_config, plan_batches
 from sra_ds.training.engine import build_engine
-from sra_ds.training.environment import be_local_rank, free_port, prepare_process
+from sra_ds.training.environment import be_local_rank, free_port, leave, prepare_process
 from sra_ds.training.processes import finish_processes, start_processes
 from sra_ds.training.step import step_loss
 
@@ -77,3 +77,4 @@ def _process(
         median = statistics.median(times[WARM_UP:])
         (folder / "seconds.json").write_text(json.dumps(median), "utf-8")
     finish_processes()
+    leave()
