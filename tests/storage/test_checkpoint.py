@@ -58,9 +58,6 @@ def complaint(act: Callable[[], Any]) -> str:
     return ""
 
 
-# --- one process ---------------------------------------------------------------------------
-
-
 def test_one_process_writes_one_file_of_each_kind(tmp_path: Path) -> None:
     folder = save_alone(tmp_path / "3")
     names = sorted(path.name for path in folder.iterdir())
@@ -153,9 +150,6 @@ def test_a_step_saved_again_replaces_the_damaged_one(tmp_path: Path) -> None:
     save_alone(folder, 1.0)
     verify(folder)
     assert torch.equal(weights(folder)["dense"], DENSE + 1)
-
-
-# --- two processes -------------------------------------------------------------------------
 
 
 def scenes(folder: str) -> dict[str, Any]:
