@@ -25,7 +25,9 @@ ALLOWED = {
     "analysis": FOUNDATION | {"storage", "inference"},
     "inference": FOUNDATION | {"storage"},
     "cli": {"errors"},
-    "workflow": FOUNDATION | {"storage", "training", "evaluation", "analysis", "inference"},
+    "planning": {"errors", "config", "model", "moe", "training"},
+    "workflow": FOUNDATION
+    | {"storage", "training", "evaluation", "analysis", "inference", "planning"},
     "selftest": FOUNDATION | {"storage", "training", "inference"},
     "__init__": FOUNDATION | {"storage", "evaluation", "analysis", "inference"},
 }

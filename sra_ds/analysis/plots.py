@@ -115,6 +115,33 @@ def comparison_figure(rows: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def scaling_figure(study: dict[str, Any], path: Path) -> None:
+    """Tokens per second of `planning.study`: per GPU with the batch growing, in all with it fixed. A band
+    reaches from no overlap of communication to all of it."""
+    figure, (weak, strong) = plt.subplots(1, 2, figsize=(10.5, 4.0))
+    for axes, kind, per_gpu in ((weak, "weak", True), (strong, "strong", False)):
+        for name in dict.fromkeys(row["recipe"] for row in study[kind]):
+            rows = [row for row in study[kind] if row["recipe"] == name]
+            gpus = np.array([row["gpus"] for row in rows])
+            speeds = np.array([row["tokens_per_second"] for row in rows])
+            speeds = speeds / gpus[:, None] if per_gpu else speeds
+            axes.fill_between(gpus, speeds[:, 1], speeds[:, 0], alpha=0.35, label=name)
+            axes.plot(gpus, speeds[:, 1], marker=".")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("GPUs")
+        axes.grid(alpha=0.3)
+    weak.set_ylabel("tokens per second and GPU")
+    weak.set_title(f"{study['tokens_per_gpu']:,} tokens a step on every GPU")
+    strong.set_ylabel("tokens per second")
+    strong.set_title("the recipe's own batch")
+    weak.legend()
+    figure.suptitle("calculated from data sheets, measured nowhere", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120, bbox_inches="tight", metadata={"Software": None})
+    plt.close(figure)
+
+
 def _axes(x: str, y: str) -> tuple[Figure, Any]:
     figure, axes = plt.subplots(figsize=(6, 3.6))
     axes.set_xlabel(x)

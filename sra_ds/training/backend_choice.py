@@ -12,7 +12,7 @@ import statistics
 import time
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -23,6 +23,8 @@ from sra_ds.moe.layer import build_backend
 from sra_ds.moe.placement import BackendName, Placement
 from sra_ds.moe.routing import Routing, route
 from sra_ds.storage.run_dir import write_atomically
+from sra_ds.training import environment
+from sra_ds.training.processes import from_first
 
 ROUNDS, WARM_UP = 7, 2
 MAX_TOKENS = 8192
@@ -48,6 +50,19 @@ def installed_backends(device: torch.device) -> list[BackendName]:
     if device.type == "cuda" and find_spec("megablocks"):
         names.append("megablocks")
     return names
+
+
+def settle_placement(
+    recipe: Recipe, tokens: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Placement, str]:
+    """What `auto` stands for, for micro-batches of `tokens`, and why: rank 0 measures, all take its
+    choice. Collective."""
+    found = {"backend": "", "reason": ""}
+    if environment.rank() == 0:
+        choice = choose_backend(recipe, tokens, device, dtype)
+        found = {"backend": choice.backend, "reason": choice.reason()}
+    found = json.loads(from_first(json.dumps(found)))
+    return Placement(cast(BackendName, found["backend"])), found["reason"]
 
 
 def choose_backend(

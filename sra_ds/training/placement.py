@@ -1,18 +1,14 @@
 """Which backend runs the experts and which of them live here; what is known to go wrong is refused."""
 
-import json
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from sra_ds.config import Recipe
 from sra_ds.config.model import MoEChannelConfig
 from sra_ds.errors import ConfigError
-from sra_ds.moe.placement import WHOLE, BackendName, Placement
-from sra_ds.training import environment
-from sra_ds.training.backend_choice import choose_backend
+from sra_ds.moe.placement import WHOLE, Placement
 from sra_ds.training.ds_config import zero_stage
-from sra_ds.training.processes import from_first
 
 EP = "parallel.expert_parallel_size"
 BACKEND = "model.channel.backend"
@@ -45,19 +41,6 @@ def require_backend(placement: Placement | None, device: torch.device) -> None:
         from sra_ds.moe.backends.megablocks import load_library, require_device
 
         require_device(device, load_library().interpreted)
-
-
-def settle_placement(
-    recipe: Recipe, tokens: int, device: torch.device, dtype: torch.dtype
-) -> tuple[Placement, str]:
-    """What `auto` stands for, for micro-batches of `tokens`, and why: rank 0 measures, all take its
-    choice. Collective."""
-    found = {"backend": "", "reason": ""}
-    if environment.rank() == 0:
-        choice = choose_backend(recipe, tokens, device, dtype)
-        found = {"backend": choice.backend, "reason": choice.reason()}
-    found = json.loads(from_first(json.dumps(found)))
-    return Placement(cast(BackendName, found["backend"])), found["reason"]
 
 
 def _check_sizes(recipe: Recipe, channel: MoEChannelConfig, world_size: int) -> None:

@@ -20,13 +20,13 @@ from sra_ds.training.environment import be_local_rank, free_port, leave, prepare
 from sra_ds.training.processes import finish_processes, start_processes
 from sra_ds.training.step import step_loss
 
-STEPS, WARM_UP = 5, 2
+STEPS, WARM_UP = 8, 2
 
 
 def bench_scaling(recipe: Recipe, ds_config: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """Median tokens per second of one process and of two, in turn, and the median ratio of a round. Every
-    process has the recipe's own batch."""
-    windows = recipe.training.batch_size
+    """Median tokens per second of one process and of two, in turn, and the median ratio of a round. The
+    recipe's batch is a quarter of its own, per process."""
+    windows = max(1, recipe.training.batch_size // 4)
     tokens = windows * recipe.data.sequence_length
     speeds: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(rounds):

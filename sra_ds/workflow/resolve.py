@@ -12,6 +12,10 @@ from sra_ds.data.shards import TokenCorpus
 from sra_ds.model.counting import count_parameters
 from sra_ds.model.language_model import build_model
 from sra_ds.moe.placement import Placement
+from sra_ds.planning.case import Case
+from sra_ds.planning.memory import estimate
+from sra_ds.planning.shapes import Layout, read_shapes
+from sra_ds.planning.zero import read_zero
 from sra_ds.storage.run_dir import RunDir
 from sra_ds.training import environment
 from sra_ds.training.ds_config import (
@@ -22,7 +26,6 @@ from sra_ds.training.ds_config import (
     zero_stage,
 )
 from sra_ds.training.logging import require_wandb
-from sra_ds.training.memory import estimate_bytes
 from sra_ds.training.placement import choose_placement, require_backend
 
 BYTES_PER_WEIGHT, BYTES_PER_STATE = 4, 8
@@ -72,12 +75,25 @@ def dry_run(resolved: Resolved, run: RunDir) -> dict[str, Any]:
         "routing_statistics_over_windows": batches.micro_batch_size * batches.world_size,
         "tokens": steps * batches.batch_size * recipe.data.sequence_length,
         "parameters": {key: counts[key] for key in ("total", "active", "active_with_anchors")},
-        "memory_bytes_per_process": estimate_bytes(
-            recipe, counts["total"], batches, stage, resolved.dtype
-        ),
+        "memory_bytes_per_process": _memory(resolved),
         "disk_bytes": _disk(recipe, counts["total"], run),
         "data": _data(recipe),
     }
+
+
+def _memory(resolved: Resolved) -> dict[str, Any]:
+    """Bytes by what they hold, each at its own largest, and the peak of each moment of a step; `total` is
+    the largest of those."""
+    recipe, batches, placement = resolved.recipe, resolved.batches, resolved.placement
+    marked = placement is not None and placement.backend == "deepspeed"
+    layout = Layout(batches.world_size, recipe.parallel.expert_parallel_size, marked)
+    case = Case(
+        recipe, read_shapes(recipe), layout, read_zero(resolved.ds_config),
+        batches.micro_batch_size, batches.accumulation,
+        resolved.dtype.itemsize, resolved.device.type,
+    )  # fmt: skip
+    memory = estimate(case)
+    return {**memory._asdict(), "total": memory.peak}
 
 
 def _disk(recipe: Recipe, parameters: int, run: RunDir) -> dict[str, Any]:

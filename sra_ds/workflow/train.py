@@ -26,12 +26,12 @@ from sra_ds.storage import checkpoint
 from sra_ds.storage.run_dir import RunDir, claim, open_run, read_json, refuse_overwriting
 from sra_ds.training import environment
 from sra_ds.training.anchors import seed_anchors
+from sra_ds.training.backend_choice import settle_placement
 from sra_ds.training.controllers import build_controllers
 from sra_ds.training.ds_config import zero_stage
 from sra_ds.training.engine import build_engine
 from sra_ds.training.engine_state import restore_engine
 from sra_ds.training.loop import Trainer, Validate
-from sra_ds.training.placement import settle_placement
 from sra_ds.training.processes import from_first, start_processes
 from sra_ds.training.resume import Resumed, choose_checkpoint
 from sra_ds.workflow.report import report

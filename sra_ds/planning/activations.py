@@ -1,0 +1,115 @@
+"""Bytes a forward pass keeps for its backward pass, and what the head needs, from closed forms.
+
+Counted tensor by tensor from what autograd saves (`tests/planning/test_activations.py` counts them
+again). Letters: N tokens of a micro-batch, T tokens of a window, D width, F hidden width, H heads, E
+experts (e of them held here), K experts per token, V vocabulary, L layers; w bytes of a number in the
+model's precision. Routers compute in float32 whatever w is. Routing is assumed to be balanced.
+"""
+
+from typing import NamedTuple
+
+from sra_ds.config.model import (
+    CosineRouterConfig,
+    FeedForwardConfig,
+    GeluConfig,
+    LinearRouterConfig,
+    MoEChannelConfig,
+    RandomRouterConfig,
+)
+from sra_ds.planning.case import Case
+
+FLOAT, INTEGER = 4, 8
+ROWS_OF_AN_EXPERT = 8
+"""Rows the deepspeed backend pads each expert's to."""
+
+
+class Activations(NamedTuple):
+    """`kept`: by all layers until their backward pass; `layer`: by one layer alone, which with activation
+    checkpointing exists only while the layer is recomputed; `logits`: the head's chunks and the gradient
+    of its table."""
+
+    kept: int
+    layer: int
+    logits: int
+
+
+def activation_bytes(case: Case) -> Activations:
+    """Bytes of one micro-batch on one process."""
+    model, w, tokens = case.recipe.model, case.width, case.tokens
+    mixer, channel = _mixer(case), _channel(case)
+    layer = tokens * (mixer.inside + mixer.outside + channel.inside + channel.outside)
+    layer += channel.fixed
+    kept = layer * model.layers
+    if case.recipe.training.activation_checkpointing:
+        inputs = mixer.input + channel.input
+        kept = tokens * (mixer.outside + channel.outside + inputs) * model.layers
+    ends = 3 * model.width * w + (model.width * _mask(case) if model.embedding.dropout else 0)
+    return Activations(round(kept + tokens * ends), round(layer), _logits(case))
+
+
+def _mask(case: Case) -> int:
+    """Bytes dropout keeps per number."""
+    return case.width if case.device == "cpu" else 1
+
+
+class _Part(NamedTuple):
+    """Bytes per token that checkpointing drops (inside), does not (outside) and adds (input); `fixed`:
+    per layer."""
+
+    inside: float
+    outside: float
+    input: float
+    fixed: int = 0
+
+
+def _mixer(case: Case) -> _Part:
+    """Fused attention keeps its input (D), q and k after rotation and before it with v (5 D), its output
+    twice (2 D) and the mask of documents as w numbers; unfused, three H x T matrices of weights."""
+    model, w = case.recipe.model, case.width
+    width, heads, length = model.width, model.mixer.heads, case.recipe.data.sequence_length
+    if case.device == "cpu" and model.mixer.dropout > 0:
+        return _Part((5 * width + 3 * heads * length) * w, width * w, width * w)
+    mask = length if model.document_boundaries else 0
+    return _Part((8 * width + mask) * w + heads * FLOAT, width * w, width * w)
+
+
+def _channel(case: Case) -> _Part:
+    """The norm's input (D), the router's, and per route its row, the hidden layer and its result."""
+    model, w = case.recipe.model, case.width
+    width, channel = model.width, model.channel
+    if not isinstance(channel, MoEChannelConfig):
+        hidden = _hidden(channel.feed_forward, case)
+        return _Part(width * w + hidden, width * w, width * w)
+    router = 0
+    if isinstance(channel.router, CosineRouterConfig | RandomRouterConfig):
+        router = (2 * width + 3 * channel.experts) * FLOAT
+    elif isinstance(channel.router, LinearRouterConfig):
+        router = (width + 2 * channel.experts) * FLOAT
+    hidden = _hidden(channel.expert, case)
+    routes = channel.top_k * (2 * width * w + hidden + 5 * INTEGER)
+    shared = 0.0
+    if channel.shared_expert is not None:
+        shared = width * w + _hidden(channel.shared_expert, case)
+    fixed = 0
+    if case.layout.marked:
+        padding = channel.experts // case.layout.ep * ROWS_OF_AN_EXPERT
+        fixed = int(padding * (width * w + hidden + 2 * INTEGER))
+    own_input = width * w if w < FLOAT else 0  # in float32 the router keeps the same tensor
+    return _Part(routes + shared, width * w + router, own_input, fixed)
+
+
+def _hidden(config: FeedForwardConfig, case: Case) -> float:
+    """2 F for GELU (before and after it), 4 F for SwiGLU (gate before and after SiLU, up, their product),
+    and the mask of a dropout."""
+    count = 2 if isinstance(config, GeluConfig) else 4
+    return config.hidden * (count * case.width + (_mask(case) if config.dropout else 0))
+
+
+def _logits(case: Case) -> int:
+    """A chunk's logits and their exponentials, with several chunks also the chunk's before, in float32;
+    and the gradient of the table in float32."""
+    model, w = case.recipe.model, case.width
+    chunk, vocabulary = model.head.chunk_tokens, case.recipe.data.tokenizer.vocab_size
+    chunks = 3 if case.tokens > chunk else 2
+    table = vocabulary * model.width * (FLOAT + (w if w < FLOAT else 0))
+    return min(case.tokens, chunk) * vocabulary * FLOAT * chunks + table

@@ -1,0 +1,74 @@
+"""The bytes a forward pass keeps, counted from what autograd saves."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sra_ds.config import load_recipe
+from sra_ds.model.language_model import build_model
+from sra_ds.planning.activations import activation_bytes
+from sra_ds.planning.case import Case
+from sra_ds.planning.shapes import Layout, read_shapes
+from sra_ds.planning.zero import Zero
+from sra_ds.training.bench import random_batch
+
+WINDOWS = 8
+COMMON = ["training.batch_size=8", "training.micro_batch_size=0", "training.precision=fp32"]
+NO_SCHEDULE = "training.top_k_schedule=[]"
+SMALL_HEAD = ["data.tokenizer.vocab_size=300"]
+SWIGLU = ["model.channel.expert.kind=swiglu", "model.channel.expert.hidden=96"]
+VARIANTS = {
+    "gelu": ("sra-small", []),
+    "top 4 of 16": (
+        "sra-small",
+        ["model.channel.top_k=4", "model.channel.experts=16", NO_SCHEDULE],
+    ),
+    "dense": ("dense-small", []),
+    "linear router": ("sra-small", ["model.channel.router.kind=linear"]),
+    "swiglu": ("quickstart", [*SWIGLU]),
+    "dropout": ("quickstart", ["model.channel.expert.dropout=0.1", "model.mixer.dropout=0.1"]),
+    "wide": ("quickstart", ["model.width=256", "model.layers=3"]),
+}
+
+
+def saved_bytes(recipe) -> int:
+    """Of one forward pass, every storage once, without the parameters."""
+    model = build_model(recipe).train()
+    model.recompute = recipe.training.activation_checkpointing
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    batch = random_batch(recipe, WINDOWS, 0)
+    own |= {t.untyped_storage().data_ptr() for t in batch if t is not None}
+    found: dict[int, int] = {}
+    alive = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    def keep_inputs(module: nn.Module, inputs: tuple) -> None:
+        for tensor in (i for i in inputs if isinstance(i, Tensor) and i.is_floating_point()):
+            keep(tensor)
+
+    if model.recompute:  # what is recomputed keeps its inputs out of autograd's sight
+        for block in model.blocks:
+            block.mixer.register_forward_pre_hook(keep_inputs)
+            block.channel.register_forward_pre_hook(keep_inputs)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(*batch)
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_kept_activations_are_what_autograd_saves(name, checkpointed):
+    start, overrides = VARIANTS[name]
+    own = [*COMMON, *SMALL_HEAD, *overrides]
+    own.append(f"training.activation_checkpointing={str(checkpointed).lower()}")
+    recipe = load_recipe(start, own)
+    case = Case(recipe, read_shapes(recipe), Layout(1), Zero(), WINDOWS, 1, 4, "cpu")
+    kept = activation_bytes(case).kept
+    counted = saved_bytes(recipe)
+    assert kept == pytest.approx(counted, rel=0.05)
