@@ -28,7 +28,7 @@ ALLOWED = {
     "planning": {"errors", "config", "model", "moe", "training"},
     "workflow": FOUNDATION
     | {"storage", "training", "evaluation", "analysis", "inference", "planning"},
-    "selftest": FOUNDATION | {"storage", "training", "inference"},
+    "selftest": FOUNDATION | {"storage", "training", "inference", "planning"},
     "__init__": FOUNDATION | {"storage", "evaluation", "analysis", "inference"},
 }
 OWNERS = {

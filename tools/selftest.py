@@ -47,14 +47,17 @@ def check(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """A table for people; differences are against plain torch in one process."""
+    """A table for people; differences are against plain torch in one process, bytes of one step and all
+    processes are those tools/plan.py counts on."""
     print(f"{'ZeRO':<5}{'backend':<11}{'ep':<4}{'recompute':<11}{'kernel':<11}", end="")
-    print(f"{'loss':>9}{'update':>10}{'resumed':>10}")
+    print(f"{'loss':>9}{'update':>10}{'resumed':>10}{'kB sent':>10}")
     for row in result["layouts"]:
         recompute = "yes" if row["recompute"] else "no"
         print(f"{row['zero']:<5}{row['backend']:<11}{row['expert_parallel']:<4}", end="")
         print(f"{recompute:<11}{row['kernel']:<11}", end=" ")
-        print(" ".join(f"{row[name]:9.1e}" for name in DIFFERENCES), end="  ")
+        print(" ".join(f"{row[name]:9.1e}" for name in DIFFERENCES), end="")
+        print(f"{row['bytes_sent'] / 1e3:10,.1f}", end="  ")
+        print("" if row["bytes_as_planned"] else "(NOT AS PLANNED) ", end="")
         print("same" if row["passed"] else f"DIFFERENT ({row['worst_parameter']})")
     if result["killed"]:
         killed = result["killed"]

@@ -135,7 +135,7 @@ def scaling_figure(study: dict[str, Any], path: Path) -> None:
     weak.set_title(f"{study['tokens_per_gpu']:,} tokens a step on every GPU")
     strong.set_ylabel("tokens per second")
     strong.set_title("the recipe's own batch")
-    weak.legend()
+    strong.legend(loc="lower right")
     figure.suptitle("calculated from data sheets, measured nowhere", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=120, bbox_inches="tight", metadata={"Software": None})

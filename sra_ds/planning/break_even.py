@@ -3,7 +3,7 @@
 As rings: copied on all n processes, the X numbers of all experts are all-reduced, 2 X (n - 1) / n. Over
 ep of them each copies X / ep over m = n / ep, 2 (X / ep) (m - 1) / m, and every token of a GPU's step
 sends 4 L K D (ep - 1) / ep numbers: to its experts and back, forwards and backwards. The first grows with
-the model, the second with the tokens, so spreading wins below a number of tokens.
+the model, the second with the tokens; they are equal at X / (2 L K D) tokens, whatever n and ep.
 """
 
 from typing import NamedTuple

@@ -4,7 +4,8 @@
 
 A case trains three steps of SGD with momentum (Adam hides gradients of the wrong size) on its share of
 the batch and compares losses and whole weights with the same steps of plain torch on the whole batch. It
-saves, and then takes a fourth step from the checkpoint of the case before it, which another layout wrote.
+saves, takes a fourth step in which the bytes sent are counted and compared with those planned, and takes
+it again from the checkpoint of the case before it, which another layout wrote.
 """
 
 import gc
@@ -27,6 +28,10 @@ from sra_ds.data.loader import Batch
 from sra_ds.inference.load import load_weights_into
 from sra_ds.model.language_model import build_model
 from sra_ds.moe.placement import BackendName, Placement
+from sra_ds.planning import case as planning
+from sra_ds.planning.shapes import Layout, read_shapes
+from sra_ds.planning.zero import read_zero
+from sra_ds.selftest.collectives import CollectiveCounter, Sent, as_planned, together
 from sra_ds.storage import checkpoint
 from sra_ds.training.bench import random_batch
 from sra_ds.training.ds_config import merge_ds_config, plan_batches
@@ -116,6 +121,9 @@ def _run_case(case: Case, reference: Reference, after: Path, before: Path) -> di
     layout = checkpoint.Layout(dist.get_world_size(), case.zero, case.expert_parallel)
     tensors = {checkpoint.WEIGHTS: state.weights, checkpoint.OPTIMIZER: state.optimizer}
     checkpoint.save_checkpoint(after, checkpoint.Contents(tensors, {}, {}), layout)
+    with CollectiveCounter() as counter:
+        _forward_backward_update(engine, STEPS)
+    sent = _sent_by_all(counter)
     _discard(engine)
     engine = _engine(case, before)
     resumed = abs(_step(engine, STEPS) - reference.losses[STEPS])
@@ -126,9 +134,11 @@ def _run_case(case: Case, reference: Reference, after: Path, before: Path) -> di
         "update_difference": max(updates.values()),
         "worst_parameter": max(updates, key=lambda name: updates[name]),
         "resumed_loss_difference": resumed,
+        "bytes_sent": sum(sent.values()),
+        "bytes_as_planned": as_planned(sent, _planned(case)),
     }
-    passed = max(wrong, resumed) < LOSS_TOLERANCE and max(updates.values()) < UPDATE_TOLERANCE
-    return {**found, "passed": passed}
+    same = max(wrong, resumed) < LOSS_TOLERANCE and max(updates.values()) < UPDATE_TOLERANCE
+    return {**found, "passed": same and found["bytes_as_planned"]}
 
 
 def _recipe(recompute: bool) -> Recipe:
@@ -162,11 +172,9 @@ def _engine(case: Case, checkpointed: Path | None = None) -> Any:
     model = build_model(recipe, placement=Placement(case.backend, size, dist.get_rank() % size))
     if checkpointed is not None:
         load_weights_into(model, checkpointed)
-    zero = {"zero_optimization": {"stage": case.zero, "stage3_param_persistence_threshold": 100}}
     plan = plan_batches(recipe, world)
-    engine = build_engine(
-        model, recipe, merge_ds_config(zero, recipe, plan, torch.float32, "selftest")
-    )
+    merged = merge_ds_config(_ds_config(case), recipe, plan, torch.float32, "selftest")
+    engine = build_engine(model, recipe, merged)
     if checkpointed is not None:
         weights = checkpoint.open_tensors(checkpointed, checkpoint.WEIGHTS)
         optimizer = checkpoint.open_tensors(checkpointed, checkpoint.OPTIMIZER)
@@ -174,8 +182,35 @@ def _engine(case: Case, checkpointed: Path | None = None) -> Any:
     return engine
 
 
+def _ds_config(case: Case) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": case.zero, "stage3_param_persistence_threshold": 100}}
+
+
+def _planned(case: Case) -> planning.Case:
+    """A case as planning takes it."""
+    recipe, world = _recipe(case.recompute), dist.get_world_size()
+    layout = Layout(world, case.expert_parallel, marked=case.backend == "deepspeed")
+    windows = plan_batches(recipe, world).micro_batch_size
+    zero = read_zero(_ds_config(case))
+    return planning.Case(recipe, read_shapes(recipe), layout, zero, windows, width=4)
+
+
+def _sent_by_all(counter: CollectiveCounter) -> Sent:
+    """Collective."""
+    gathered: list[Sent] = [{}] * dist.get_world_size()
+    dist.all_gather_object(gathered, dict(counter.bytes))
+    return together(gathered)
+
+
 def _step(engine: Any, step: int) -> float:
-    """One optimizer step on this process's part of the batch; the mean loss of all. Collective."""
+    """One optimizer step; the mean loss of all processes. Collective."""
+    mean = _forward_backward_update(engine, step).detach().double()
+    dist.all_reduce(mean)
+    return float(mean) / dist.get_world_size()
+
+
+def _forward_backward_update(engine: Any, step: int) -> Tensor:
+    """An optimizer step on this process's part of the batch; its loss. Collective."""
     recipe = _recipe(False)
     plan = plan_batches(recipe, dist.get_world_size())
     whole = random_batch(recipe, recipe.training.batch_size, step)
@@ -184,9 +219,7 @@ def _step(engine: Any, step: int) -> float:
     loss = step_loss(engine(*batch.to(engine.device)), recipe.losses).total
     engine.backward(loss)
     engine.step()
-    mean = loss.detach().double()
-    dist.all_reduce(mean)
-    return float(mean) / dist.get_world_size()
+    return loss
 
 
 def _update_errors(state: EngineState, reference: Reference) -> dict[str, float]:

@@ -2,27 +2,23 @@
 
     PYTHONPATH=tests python -m planning.collectives     writes docs/results/scaling/communication.json
 
-Every operation of torch.distributed passes through its dispatcher; `Counter` reads them there, so none
-can be missed, and sorts them by the function that asked for it. The model is that of
-tests/distributed.py: buckets and groups are cut to its size, so that it meets what a large one does.
+The model is that of tests/distributed.py: buckets and groups are cut to its size, so that it meets what a
+large one does.
 """
 
 import json
-import sys
-from collections import Counter as Bag
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from commands import ROOT
 from distributed import config_of, cut, open_engine, recipe_of, run_ranks
 from sra_ds.config import Recipe
 from sra_ds.planning.case import Case
-from sra_ds.planning.communication import step_transfers
 from sra_ds.planning.shapes import Layout, read_shapes
 from sra_ds.planning.zero import read_zero
+from sra_ds.selftest.collectives import CollectiveCounter, Sent, planned_bytes, together
 from sra_ds.training.bench import random_batch
 from sra_ds.training.ds_config import plan_batches
 from sra_ds.training.step import step_loss
@@ -30,68 +26,6 @@ from sra_ds.training.step import step_loss
 OUT = ROOT / "docs" / "results" / "scaling" / "communication.json"
 STEADY = 3
 """Steps before the one that is counted: ZeRO-3 follows its recorded trace from the third on."""
-OPERATIONS = {
-    "allreduce_": ("all_reduce", 0),
-    "reduce_": ("reduce", 0),
-    "broadcast_": ("broadcast", 0),
-    "allgather_": ("all_gather", 1),
-    "_allgather_base_": ("all_gather", 1),
-    "_reduce_scatter_base_": ("reduce_scatter", 1),
-    "alltoall_base_": ("all_to_all", 1),
-}
-"""Operation of the dispatcher -> our name, and which argument holds what a process gives away."""
-PURPOSES = {
-    "over_ranks": "routing statistics",
-    "_split_plan_from_expert_counts": "expert counts",
-    "all_gather_into_tensor_dp_groups": "parameters",
-    "_dist_allgather_fn": "parameters",
-    "_post_step": "parameters",
-    "reduce_scatter_coalesced": "gradients",
-    "allreduce_bucket": "gradients",
-    "_mean_over_ranks": "mean losses",
-    "agreed": "stop flag",
-}
-"""Function on the stack -> purpose; what is not named here is control."""
-
-Found = dict[tuple[str, str], int]
-"""(purpose, operation) -> bytes."""
-
-
-class Counter(TorchDispatchMode):
-    """Bytes this process hands to collectives of several processes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes: Bag[tuple[str, str]] = Bag()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._overloadpacket.__name__
-        if func.namespace == "c10d" and name != "barrier" and _processes(args) > 1:
-            operation, given = OPERATIONS[name]
-            tensors = args[given] if isinstance(args[given], list) else [args[given]]
-            size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-            self.bytes[_purpose(operation), operation] += size
-        return func(*args, **(kwargs or {}))
-
-
-def _processes(args: Any) -> int:
-    """Size of the group among a collective's arguments."""
-    for argument in args:
-        if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type()):
-            return int(dist.ProcessGroup.unbox(argument).size())
-    raise AssertionError("a collective without a process group")
-
-
-def _purpose(operation: str) -> str:
-    frame = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_code.co_name
-        if name in PURPOSES:
-            return PURPOSES[name]
-        if operation == "all_to_all" and frame.f_code.co_filename.endswith("auto_ep_layer.py"):
-            return "expert rows"
-        frame = frame.f_back
-    return "control"
 
 
 class Setting(NamedTuple):
@@ -167,14 +101,14 @@ FOUR = {
 SETTINGS = {2: TWO, 4: FOUR}
 
 
-def count_steps(world: int) -> dict[str, Found]:
+def count_steps(world: int) -> dict[str, Sent]:
     """In a process of `run_ranks`: what it handed over in one steady step of every setting."""
     found = {}
     for name, setting in SETTINGS[world].items():
         recipe, engine = setting.recipe(), open_engine(setting.recipe(), setting.config())
         for number in range(STEADY):
             one_step(engine, recipe, number)
-        with Counter() as counter:
+        with CollectiveCounter() as counter:
             one_step(engine, recipe, STEADY)
         found[name] = dict(counter.bytes)
         engine.destroy()
@@ -191,29 +125,16 @@ def one_step(engine: Any, recipe: Recipe, number: int) -> None:
         engine.step()
 
 
-def together(ranks: list[Found]) -> Found:
-    """Bytes of all processes."""
-    total: Bag[tuple[str, str]] = Bag()
-    for rank in ranks:
-        total.update(rank)
-    return dict(total)
-
-
-def predicted(setting: Setting, world: int) -> Found:
-    """What planning says of all processes together."""
-    total: Bag[tuple[str, str]] = Bag()
-    for transfer in step_transfers(setting.case(world)):
-        total[transfer.purpose, transfer.operation] += world * transfer.bytes
-    return dict(total)
-
-
 def main() -> None:
     """Count everything and write it down."""
     rows = []
     for world, settings in SETTINGS.items():
         ranks = run_ranks(world, count_steps, world)
         for name, setting in settings.items():
-            counted, expected = together([rank[name] for rank in ranks]), predicted(setting, world)
+            counted, expected = (
+                together([rank[name] for rank in ranks]),
+                planned_bytes(setting.case(world)),
+            )
             rows.append({
                 "processes": world, **setting._asdict(), "name": name,
                 "counted": {" ".join(key): size for key, size in sorted(counted.items())},

@@ -13,12 +13,8 @@ from planning.collectives import (
     FOUR,
     SETTINGS,
     TWO,
-    Counter,
-    Found,
     Setting,
     count_steps,
-    predicted,
-    together,
 )
 
 from commands import ROOT, write_corpus, write_recipe
@@ -34,6 +30,14 @@ from sra_ds.planning.communication import (
 )
 from sra_ds.planning.shapes import Layout, optimizer_groups, read_shapes
 from sra_ds.planning.zero import read_zero
+from sra_ds.selftest.collectives import (
+    CONTROL,
+    CollectiveCounter,
+    Sent,
+    as_planned,
+    planned_bytes,
+    together,
+)
 from sra_ds.storage.run_dir import RunDir
 from sra_ds.workflow.resolve import resolve
 from sra_ds.workflow.train import train
@@ -42,9 +46,9 @@ from sra_ds.workflow.train import train
 @pytest.fixture(scope="module")
 def counted() -> Any:
     """World size -> what each process counted, run once."""
-    done: dict[int, list[dict[str, Found]]] = {}
+    done: dict[int, list[dict[str, Sent]]] = {}
 
-    def at(world: int) -> list[dict[str, Found]]:
+    def at(world: int) -> list[dict[str, Sent]]:
         if world not in done:
             done[world] = run_ranks(world, count_steps, world)
         return done[world]
@@ -52,13 +56,10 @@ def counted() -> Any:
     return at
 
 
-def check(ranks: list[dict[str, Found]], world: int, name: str) -> None:
-    setting = SETTINGS[world][name]
-    total = together([rank[name] for rank in ranks])
-    control = total.pop(("control", "all_reduce"), 0)
-    assert total == predicted(setting, world)
-    case = setting.case(world)
-    assert control <= world * len(optimizer_groups(case.shapes, case.layout)) * CONTROL_BYTES
+def check(ranks: list[dict[str, Sent]], world: int, name: str) -> None:
+    counted, case = together([rank[name] for rank in ranks]), SETTINGS[world][name].case(world)
+    assert {key: size for key, size in counted.items() if key != CONTROL} == planned_bytes(case)
+    assert as_planned(counted, case)
 
 
 @pytest.mark.parametrize("name", TWO)
@@ -75,13 +76,13 @@ def test_four_processes_send_what_the_formula_says(counted, name):
 SHORT = ["evaluation.every=0", "checkpoint.every=0", "logging.sample_tokens=0"]
 
 
-def count_runs(file: str, folder: str) -> list[Found]:
+def count_runs(file: str, folder: str) -> list[Sent]:
     """What this process handed over in a run of four steps, and in one of five."""
     found = []
     for steps in (4, 5):
         recipe = load_recipe(file, [*SHORT, f"training.steps={steps}"])
         resolved = resolve(recipe, ROOT / "ds_configs" / "zero2.json")
-        with Counter() as counter:
+        with CollectiveCounter() as counter:
             train(resolved, RunDir(Path(folder) / str(steps)))
         found.append(dict(counter.bytes))
     return found
@@ -99,7 +100,7 @@ def test_a_step_of_the_trainer_adds_mean_losses_and_a_flag(tmp_path):
     for transfer in [*step_transfers(case), *loop_transfers(case)]:
         expected[transfer.purpose, transfer.operation] += int(transfer.bytes)
     step = five - four
-    control = step.pop(("control", "all_reduce"), 0)
+    control = step.pop(CONTROL, 0)
     assert step == expected
     assert control <= len(optimizer_groups(case.shapes, case.layout)) * CONTROL_BYTES
 
@@ -123,3 +124,13 @@ def test_spreading_experts_trades_their_gradients_for_tokens():
     saved = total_bytes(copied, "gradients") - total_bytes(spread, "gradients")
     assert saved == experts
     assert total_bytes(copied, "expert rows") == 0 < total_bytes(spread, "expert rows")
+
+
+def test_other_bytes_than_planned_are_noticed():
+    case = Setting(2, 1).case(2)
+    planned = planned_bytes(case)
+    assert as_planned({**planned, CONTROL: 16}, case)
+    for key in planned:
+        assert not as_planned({**planned, key: planned[key] + 4}, case)
+    assert not as_planned({**planned, CONTROL: 10**6}, case)
+    assert not as_planned({**planned, ("control", "broadcast"): 4}, case)

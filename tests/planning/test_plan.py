@@ -16,6 +16,7 @@ from sra_ds.planning.plan import Request, candidates, recommended
 from sra_ds.planning.report import make_plan
 from sra_ds.planning.shapes import read_shapes
 from sra_ds.planning.step_time import make_machine, transfer_seconds
+from sra_ds.planning.study import study
 from sra_ds.planning.zero import require_planned
 from sra_ds.training.ds_config import read_ds_config
 
@@ -92,6 +93,9 @@ def test_both_ways_send_the_same_at_the_break_even(ep):
     per_token = found.all_to_all / found.tokens_per_gpu
     at = found.equal_at_tokens_per_gpu * per_token
     assert found.all_reduce_spread + at == pytest.approx(found.all_reduce_copied)
+    experts = sum(weight.numel for weight in read_shapes(recipe).weights if weight.expert)
+    layers, k, width = recipe.model.layers, recipe.model.channel.top_k, recipe.model.width
+    assert found.equal_at_tokens_per_gpu == pytest.approx(experts / (2 * layers * k * width))
 
 
 def test_a_ring_over_nodes_shares_their_ports():
@@ -132,6 +136,17 @@ def test_memory_is_given_with_its_unit(text, bytes):
 def test_an_unnamed_gpu_is_the_usual_one_of_its_memory():
     names = [choose_gpu(None, gb * GB).name for gb in (16, 24, 48, 80, 141, 192)]
     assert names == ["RTX 4090", "RTX 4090", "A100 40GB", "H100", "H200", "H200"]
+
+
+def test_the_published_study_is_what_the_formulas_say():
+    recipes = [load_recipe(name) for name in ("sra-128e", "sra-1b", "sra-8b")]
+    found = study(recipes, CONFIGS)
+    folder = ROOT / "docs" / "results" / "scaling"
+    assert json.loads((folder / "study.json").read_text("utf-8")) == json.loads(json.dumps(found))
+    tables = (folder / "study.md").read_text("utf-8")
+    shown = (ROOT / "docs" / "scaling.md").read_text("utf-8").splitlines()
+    rows = [line for line in shown if line.startswith("| `sra-")]
+    assert rows and all(row in tables for row in rows)
 
 
 def plan(*arguments: object):
