@@ -25,14 +25,14 @@ from sra_ds.config.model import (
     RandomRouterConfig,
     RouterConfig,
 )
-from sra_ds.moe.routing import Routing, route, statistics
+from sra_ds.moe.routing import Routing
+from sra_ds.ops.cosine_route import cosine_route, normalized
 from sra_ds.ops.precision import at_least_float32
-
-NORM_EPS = 1e-8
+from sra_ds.ops.top_k_routing import Selection, statistics, top_k_routing
 
 
 class ScoringRouter(nn.Module):
-    """What routers with scores share: noise and bias on the selection, float32 arithmetic."""
+    """What routers with scores share: noise and bias on the selection, arithmetic outside of autocast."""
 
     selection_bias_E: Tensor
 
@@ -40,10 +40,6 @@ class ScoringRouter(nn.Module):
         super().__init__()
         self.config, self.experts, self.top_k = config, experts, top_k
         self.register_buffer("selection_bias_E", torch.zeros(experts))
-
-    def scores(self, x_TD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """scores_TE and further fields of the `Routing`."""
-        raise NotImplementedError
 
     def forward(
         self,
@@ -55,12 +51,20 @@ class ScoringRouter(nn.Module):
         """Route T tokens; `token_ids_T` is for routers that look at it."""
         del token_ids_T
         with torch.autocast(x_TD.device.type, enabled=False):
-            scores_TE, fields = self.scores(at_least_float32(x_TD))
-            selection_TE = scores_TE.detach() + self.selection_bias_E
-            if self.training and self.config.noise > 0:
-                selection_TE = selection_TE + self.config.noise * torch.randn_like(selection_TE)
-            routing = route(scores_TE, self.top_k, self.config.gate, valid_T, selection_TE)
-        return routing._replace(scores_TE=scores_TE if keep_scores else None, **fields)
+            selection = Selection(valid_T, self.selection_bias_E, self.noise(x_TD))
+            return self.route(x_TD, selection, keep_scores)
+
+    def route(self, x_TD: Tensor, selection: Selection, keep_scores: bool) -> Routing:
+        """Score and choose, outside of autocast."""
+        raise NotImplementedError
+
+    def noise(self, x_TD: Tensor) -> Tensor | None:
+        """What is added to the scores while training, for the choice alone."""
+        if not self.training or self.config.noise == 0:
+            return None
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        shape = (len(x_TD), self.experts)
+        return self.config.noise * torch.randn(shape, dtype=dtype, device=x_TD.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ScoringRouter":
         """Casting the model to bf16 leaves the selection bias in float32: its steps are small."""
@@ -85,8 +89,8 @@ class CosineRouter(ScoringRouter):
             fixed = config.initial_temperature if config.temperature == "fixed" else 1.0
             self.register_buffer("temperature", torch.full((1,), fixed))
 
-    def scores(self, x_TD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return cosine_scores(x_TD, self.anchors, self.temperature)
+    def route(self, x_TD: Tensor, selection: Selection, keep_scores: bool) -> Routing:
+        return route_by_anchors(self, x_TD, selection, keep_scores)
 
 
 class RandomRouter(ScoringRouter):
@@ -100,8 +104,8 @@ class RandomRouter(ScoringRouter):
         self.register_buffer("anchors", torch.empty(experts, width))
         self.register_buffer("temperature", torch.full((1,), config.temperature))
 
-    def scores(self, x_TD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return cosine_scores(x_TD, self.anchors, self.temperature)
+    def route(self, x_TD: Tensor, selection: Selection, keep_scores: bool) -> Routing:
+        return route_by_anchors(self, x_TD, selection, keep_scores)
 
 
 class LinearRouter(ScoringRouter):
@@ -112,9 +116,12 @@ class LinearRouter(ScoringRouter):
         self.weight = nn.Parameter(torch.empty(experts, width))
         self.bias = nn.Parameter(torch.empty(experts)) if config.bias else None
 
-    def scores(self, x_TD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def route(self, x_TD: Tensor, selection: Selection, keep_scores: bool) -> Routing:
+        x_TD = at_least_float32(x_TD)
         bias = None if self.bias is None else self.bias.to(x_TD.dtype)
-        return F.linear(x_TD, self.weight.to(x_TD.dtype), bias), {}
+        scores_TE = F.linear(x_TD, self.weight.to(x_TD.dtype), bias)
+        routing = top_k_routing(scores_TE, self.top_k, self.config.gate, selection)
+        return Routing(*routing, scores_TE=scores_TE if keep_scores else None)
 
 
 class HashRouter(nn.Module):
@@ -161,15 +168,17 @@ def build_router(config: AnyRouterConfig, width: int, experts: int, top_k: int) 
     return ROUTERS[type(config)](config, width, experts, top_k)
 
 
-def cosine_scores(
-    x_TD: Tensor, anchors_ED: Tensor, temperature: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """|temperature| * cosine of every token with every anchor, and the anchors' own cosines."""
-    anchors_ED = F.normalize(anchors_ED.to(x_TD.dtype), dim=-1, eps=NORM_EPS)
-    scale = temperature.to(x_TD.dtype).abs()
-    scores_TE = F.normalize(x_TD, dim=-1, eps=NORM_EPS) @ anchors_ED.T * scale
-    fields = {"anchor_gram_EE": anchors_ED @ anchors_ED.T, "temperature": scale.detach().mean()}
-    return scores_TE, fields
+def route_by_anchors(
+    router: CosineRouter | RandomRouter, x_TD: Tensor, selection: Selection, keep_scores: bool
+) -> Routing:
+    """`cosine_route` with a router's anchors, and the anchors' own cosines."""
+    anchors_ED, temperature = router.anchors, router.temperature
+    routing, scores_TE = cosine_route(
+        x_TD, anchors_ED, temperature, router.top_k, router.config.gate, selection, keep_scores
+    )
+    unit_ED = normalized(anchors_ED, torch.promote_types(x_TD.dtype, torch.float32))
+    mean = temperature.detach().to(unit_ED.dtype).abs().mean()
+    return Routing(*routing, mean, unit_ED @ unit_ED.T, scores_TE)
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from sra_ds.data.loader import Batch
 from sra_ds.inference.load import load_weights_into
 from sra_ds.model.language_model import build_model
 from sra_ds.moe.placement import BackendName, Placement
+from sra_ds.ops.extension import extension, use_kernels
 from sra_ds.planning import case as planning
 from sra_ds.planning.shapes import Layout, read_shapes
 from sra_ds.planning.zero import read_zero
@@ -66,7 +67,7 @@ class Case(NamedTuple):
     backend: BackendName
     expert_parallel: int
     recompute: bool
-    kernel: str = "reference"
+    kernel: str
 
 
 class Reference(NamedTuple):
@@ -78,13 +79,17 @@ class Reference(NamedTuple):
 
 
 def cases(world: int) -> list[Case]:
-    """All combinations that `world` processes allow with the backends installed here."""
+    """All combinations that `world` processes allow with the backends and kernels installed here."""
     places: list[tuple[BackendName, int]] = [("local", 1)]
     if find_spec("megablocks") and torch.cuda.is_available():
         places.append(("megablocks", 1))
     places += [("deepspeed", size) for size in (1, 2, 4) if world % size == 0]
-    combinations = itertools.product(places, (0, 1, 2, 3), (False, True))
-    return [Case(zero, *place, recompute) for place, zero, recompute in combinations]
+    device, _ = choose_device()
+    kernels = ["reference", "compiled"] if device.type in extension().devices else ["reference"]
+    combinations = itertools.product(places, (0, 1, 2, 3), (False, True), kernels)
+    return [
+        Case(zero, *place, recompute, kernel) for place, zero, recompute, kernel in combinations
+    ]
 
 
 def compare_layouts(world: int, folder: Path) -> list[dict[str, Any]]:
@@ -98,11 +103,14 @@ def _process(rank: int, world: int, port: int, folder: Path) -> None:
     be_local_rank(rank, world, port)
     prepare_process()
     start_processes()
-    reference = _plain_torch(_recipe(False))
+    with use_kernels("reference"):
+        reference = _plain_torch(_recipe(False))
     rows, before = [], None
     for case in tqdm(cases(world), f"{world} process(es)", disable=rank > 0):
         after = folder / "-".join(map(str, case))
-        rows.append({**case._asdict(), **_run_case(case, reference, after, before or after)})
+        with use_kernels(case.kernel):
+            row = _run_case(case, reference, after, before or after)
+        rows.append({**case._asdict(), **row})
         if before is not None and rank == 0:
             shutil.rmtree(before)
         before = after

@@ -43,7 +43,7 @@ def report(run: RunDir, resolved: Resolved, outcome: Outcome) -> dict[str, Any]:
         "experts": outcome.experts,
         "best": outcome.best,
         "device": f"{resolved.device} ({resolved.reasons['device']})",
-        "kernel": "torch grouped_mm" if loaded.model.routers() else "torch mm",
+        "kernel": resolved.reasons["kernels"],
         "corpus_fingerprint": run.environment()["corpus_fingerprint"],
         "samples": write_samples(loaded, run),
     }

@@ -12,6 +12,7 @@ from sra_ds.data.shards import TokenCorpus
 from sra_ds.model.counting import count_parameters
 from sra_ds.model.language_model import build_model
 from sra_ds.moe.placement import Placement
+from sra_ds.ops.extension import extension
 from sra_ds.planning.case import Case
 from sra_ds.planning.memory import estimate
 from sra_ds.planning.shapes import Layout, read_shapes
@@ -55,7 +56,7 @@ def resolve(recipe: Recipe, ds_path: Path) -> Resolved:
     world_size, rank = environment.world_size(), environment.rank()
     placement = choose_placement(recipe, ds_config, str(ds_path), world_size, rank)
     require_backend(placement, device)
-    reasons = {"device": device_reason, "precision": dtype_reason}
+    reasons = {"device": device_reason, "precision": dtype_reason, "kernels": extension().reason}
     return Resolved(recipe, ds_config, batches, device, dtype, placement, reasons)
 
 
@@ -70,6 +71,7 @@ def dry_run(resolved: Resolved, run: RunDir) -> dict[str, Any]:
         "run": str(run.path),
         "device": f"{resolved.device} ({resolved.reasons['device']})",
         "precision": f"{resolved.dtype} ({resolved.reasons['precision']})",
+        "routing_kernels": resolved.reasons["kernels"],
         "zero_stage": stage,
         "batches": batches._asdict(),
         "routing_statistics_over_windows": batches.micro_batch_size * batches.world_size,

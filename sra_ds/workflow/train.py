@@ -103,6 +103,7 @@ def _train(
     if resumed is not None:
         trainer.restore(read_json(resumed.folder / checkpoint.TRAINER))
     if first:
+        _say(f"routing kernels: {resolved.reasons['kernels']}")
         _write_start(run, resolved, corpus, resumed)
     outcome = trainer.run()
     if outcome.stopped_by is None:

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from references import leaves, route_loop, top_k_loop
-from sra_ds.moe.routing import gate_weights, route, top_k_lowest_id
+from sra_ds.moe.routing import route
+from sra_ds.ops.top_k_routing import Selection, gate_weights, top_k_lowest_id, top_k_routing
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -141,7 +142,9 @@ def test_padding_gets_no_gradient_from_the_statistics() -> None:
 
 def test_selection_decides_who_is_chosen_and_clean_scores_decide_the_gates() -> None:
     scores_TE, selection_TE = scores(63), scores(63)
-    routing = route(scores_TE, 2, "all", None, selection_TE)
+    bias_E = torch.randn(EXPERTS, dtype=torch.float64)
+    noise_TE = selection_TE - scores_TE - bias_E
+    routing = top_k_routing(scores_TE, 2, "all", Selection(None, bias_E, noise_TE))
     expected = route_loop(scores_TE, 2, "all", None, selection_TE)
     assert torch.equal(routing.expert_ids_TK, expected.expert_ids_TK)
     torch.testing.assert_close(routing.gates_TK, expected.gates_TK, rtol=1e-12, atol=1e-12)

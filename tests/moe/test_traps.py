@@ -25,8 +25,9 @@ from sra_ds.metrics import dead_experts
 from sra_ds.model.counting import count_parameters
 from sra_ds.model.language_model import LanguageModel, build_model
 from sra_ds.moe.layer import MoELayer
-from sra_ds.moe.routers import CosineRouter, cosine_scores
+from sra_ds.moe.routers import CosineRouter
 from sra_ds.moe.routing import Routing, route
+from sra_ds.ops.cosine_route import cosine_scores, normalized
 from sra_ds.training.anchors import seed_anchors
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -66,8 +67,8 @@ def anchors_gradient(model: LanguageModel, loss: Tensor) -> float:
 
 def cosines(anchors_ED: Tensor) -> Tensor:
     """The anchors' gram matrix as the router reports it."""
-    _, fields = cosine_scores(anchors_ED[:1], anchors_ED, anchors_ED.new_ones(1))
-    return fields["anchor_gram_EE"]
+    unit_ED = normalized(anchors_ED, anchors_ED.dtype)
+    return unit_ED @ unit_ED.T
 
 
 def test_trap_v1_1_at_k_1_only_the_gate_over_all_experts_teaches_anchors(
@@ -102,7 +103,7 @@ def test_trap_v1_2_without_temperature_a_collapsed_stream_is_nearly_invisible_to
     stream_TD = token_D.expand(64, width)
 
     def routing(temperature: float) -> Routing:
-        scores_TE, _ = cosine_scores(stream_TD, anchors_ED, token_D.new_tensor([temperature]))
+        scores_TE = cosine_scores(stream_TD, anchors_ED, token_D.new_tensor([temperature]))
         return route(scores_TE, 1, "all")
 
     cv2 = balance(kind="cv2", weight=0.4)

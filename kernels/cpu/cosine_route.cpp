@@ -1,0 +1,174 @@
+#include "cosine_route.h"
+
+#include <algorithm>
+
+#include "numbers.h"
+
+namespace sra::cpu {
+namespace {
+
+constexpr int kBlock = 16;
+
+// The k best of a row, by `comes_before`: blocks without anything better than the k-th are skipped.
+struct Best {
+  float value[kMaxTopK];
+  int id[kMaxTopK];
+
+  SRA_INLINE void find(const float* selection, int experts, int k) {
+    for (int j = 0; j < k; ++j) value[j] = -INFINITY, id[j] = kNoExpert;
+    for (int start = 0; start < experts; start += kBlock) {
+      const int count = std::min(kBlock, experts - start);
+      const float worst = value[k - 1];
+      int better = count < kBlock;
+      if (count == kBlock) {
+#pragma omp simd reduction(| : better)
+        for (int j = 0; j < kBlock; ++j) better |= selection[start + j] > worst;
+      }
+      if (!better) continue;
+      for (int j = 0; j < count; ++j) insert(selection[start + j], start + j, k);
+    }
+  }
+
+  // Ids come in increasing order, so a tie stays behind.
+  SRA_INLINE void insert(float v, int i, int k) {
+    if (!(v > value[k - 1])) return;
+    int place = k - 1;
+    for (; place > 0 && v > value[place - 1]; --place) {
+      value[place] = value[place - 1];
+      id[place] = id[place - 1];
+    }
+    value[place] = v;
+    id[place] = i;
+  }
+};
+
+template <class T>
+SRA_INLINE void inverse_norms_of(const void* data, int64_t first, int64_t last, int64_t width, float eps,
+                                 float* inverse) {
+  for (int64_t t = first; t < last; ++t) {
+    const T* row = static_cast<const T*>(data) + t * width;
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t d = 0; d < width; ++d) sum += static_cast<float>(row[d]) * static_cast<float>(row[d]);
+    inverse[t] = 1.0f / std::max(std::sqrt(sum), eps);
+  }
+}
+
+template <class T>
+SRA_INLINE void subtract_along_of(const float* gradient, const void* rows, const float* along, int64_t first,
+                                  int64_t last, int64_t width, void* out) {
+  for (int64_t t = first; t < last; ++t) {
+    const float* g = gradient + t * width;
+    const T* row = static_cast<const T*>(rows) + t * width;
+    T* result = static_cast<T*>(out) + t * width;
+    const float factor = along[t];
+#pragma omp simd
+    for (int64_t d = 0; d < width; ++d) result[d] = T::nearest(g[d] - factor * static_cast<float>(row[d]));
+  }
+}
+
+}  // namespace
+
+SRA_CLONES void inverse_norms(const void* rows, Number type, int64_t first, int64_t last, int64_t width,
+                              float eps, float* inverse) {
+  if (type == Number::kFloat) inverse_norms_of<Float>(rows, first, last, width, eps, inverse);
+  if (type == Number::kBFloat16) inverse_norms_of<BFloat16>(rows, first, last, width, eps, inverse);
+  if (type == Number::kHalf) inverse_norms_of<Half>(rows, first, last, width, eps, inverse);
+}
+
+SRA_CLONES void subtract_along(const float* gradient, const void* rows, Number type, const float* along,
+                               int64_t first, int64_t last, int64_t width, void* out) {
+  if (type == Number::kFloat) subtract_along_of<Float>(gradient, rows, along, first, last, width, out);
+  if (type == Number::kBFloat16) subtract_along_of<BFloat16>(gradient, rows, along, first, last, width, out);
+  if (type == Number::kHalf) subtract_along_of<Half>(gradient, rows, along, first, last, width, out);
+}
+
+SRA_CLONES void route_rows(const Scores& in, const Selection& selection, int64_t first, int64_t last,
+                           float* gates_TK, int64_t* ids_TK, float* lse_T, float* load_E, float* probs_E) {
+  const int E = in.experts, K = in.top_k;
+  alignas(64) float score[kMaxExperts], power[kMaxExperts], competing_score[kMaxExperts], column[kMaxExperts];
+#pragma omp simd
+  for (int e = 0; e < E; ++e) column[e] = in.inverse_a_E[e] * in.scale_E[e];
+  for (int64_t t = first; t < last; ++t) {
+    const float* dots = in.dots_TE + t * E;
+    const float inverse_x = in.inverse_x_T[t];
+    float most = -INFINITY;
+#pragma omp simd reduction(max : most)
+    for (int e = 0; e < E; ++e) {
+      score[e] = dots[e] * inverse_x * column[e];
+      most = score[e] > most ? score[e] : most;
+    }
+    float total = 0.0f;
+#pragma omp simd reduction(+ : total)
+    for (int e = 0; e < E; ++e) {
+      power[e] = exp_negative(score[e] - most);
+      total += power[e];
+    }
+    const float lse = most + std::log(total);
+    const bool valid = selection.valid_T == nullptr || selection.valid_T[t];
+    if (valid) {
+      const float share = 1.0f / total;
+#pragma omp simd
+      for (int e = 0; e < E; ++e) probs_E[e] += power[e] * share;
+    }
+    const float* bias = selection.bias_E;
+    const float* noise = selection.noise_TE == nullptr ? nullptr : selection.noise_TE + t * E;
+    for (int e = 0; e < E; ++e) {
+      float v = score[e];
+      if (bias != nullptr) v += bias[e];
+      if (noise != nullptr) v += noise[e];
+      competing_score[e] = competing(v);
+    }
+    Best best;
+    best.find(competing_score, E, K);
+    float chosen[kMaxTopK];
+    for (int j = 0; j < K; ++j) {
+      chosen[j] = score[best.id[j]];
+      ids_TK[t * K + j] = best.id[j];
+      if (valid) load_E[best.id[j]] += 1.0f;
+    }
+    gates_of(in.gate, chosen, lse, K, gates_TK + t * K);
+    lse_T[t] = lse;
+  }
+}
+
+SRA_CLONES void route_rows_backward(const Scores& in, const Upstream& upstream, const bool* valid_T,
+                                    const int64_t* ids_TK, const float* lse_T, int64_t first, int64_t last,
+                                    float* dots_TE, float* along_x_T, float* cosines_E) {
+  const int E = in.experts, K = in.top_k;
+  alignas(64) float cosine[kMaxExperts], power[kMaxExperts], column[kMaxExperts];
+#pragma omp simd
+  for (int e = 0; e < E; ++e) column[e] = in.inverse_a_E[e] * in.scale_E[e];
+  for (int64_t t = first; t < last; ++t) {
+    const float* dots = in.dots_TE + t * E;
+    const int64_t* ids = ids_TK + t * K;
+    const float inverse_x = in.inverse_x_T[t], lse = lse_T[t];
+    const float valid = valid_T == nullptr || valid_T[t] ? 1.0f : 0.0f;
+    float along_probs = 0.0f;
+#pragma omp simd reduction(+ : along_probs)
+    for (int e = 0; e < E; ++e) {
+      cosine[e] = dots[e] * inverse_x * in.inverse_a_E[e];
+      power[e] = exp_negative(cosine[e] * in.scale_E[e] - lse);
+      along_probs += power[e] * upstream.probs_E[e];
+    }
+    float score[kMaxTopK], chosen[kMaxTopK];
+    for (int j = 0; j < K; ++j) score[j] = cosine[ids[j]] * in.scale_E[ids[j]];
+    const float spread = gate_gradient(in.gate, score, lse, K, upstream.gates_TK + t * K, chosen);
+    const float everywhere = upstream.lse_T[t] - valid * along_probs - spread;
+    float* out = dots_TE + t * E;
+#pragma omp simd
+    for (int e = 0; e < E; ++e) out[e] = power[e] * (valid * upstream.probs_E[e] + everywhere);
+    for (int j = 0; j < K; ++j) out[ids[j]] += chosen[j];
+    float along_x = 0.0f;
+#pragma omp simd reduction(+ : along_x)
+    for (int e = 0; e < E; ++e) {
+      const float with_cosine = out[e] * cosine[e];
+      along_x += with_cosine * in.scale_E[e];
+      cosines_E[e] += with_cosine;
+      out[e] *= inverse_x * column[e];
+    }
+    along_x_T[t] = inverse_x < in.largest_inverse ? along_x * inverse_x * inverse_x : 0.0f;
+  }
+}
+
+}  // namespace sra::cpu

@@ -1,0 +1,162 @@
+// The routing operator on the CPU: one product for all dot products, then rows in parallel. Sums over
+// tokens are kept per chunk of rows and added in order, so they do not depend on the number of threads.
+#include <algorithm>
+#include <cmath>
+#include <tuple>
+
+#include "../stable.h"
+#include "cosine_route.h"
+
+namespace sra::cpu {
+namespace {
+
+namespace stable = torch::stable;
+
+constexpr int64_t kChunk = 256;
+constexpr float kNormEps = 1e-8f;  // as in ops/cosine_route.py
+
+Number number_of(const Tensor& tensor) {
+  const ScalarType type = tensor.scalar_type();
+  if (type == ScalarType::BFloat16) return Number::kBFloat16;
+  if (type == ScalarType::Half) return Number::kHalf;
+  STD_TORCH_CHECK(type == ScalarType::Float, "cosine_route: float32, bfloat16 or float16 expected");
+  return Number::kFloat;
+}
+
+struct Chunks {
+  int64_t rows, count;
+  explicit Chunks(int64_t rows) : rows(rows), count((rows + kChunk - 1) / kChunk) {}
+
+  // body(chunk, first row, last row), chunks in parallel.
+  template <class Body>
+  void each(const Body& body) const {
+    stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) body(c, c * kChunk, std::min(rows, (c + 1) * kChunk));
+    });
+  }
+
+  // sums[e] = sum over chunks of parts[chunk][e], in order.
+  std::vector<float> sum(const std::vector<float>& parts, int64_t width) const {
+    std::vector<float> sums(width, 0.0f);
+    for (int64_t c = 0; c < count; ++c)
+      for (int64_t e = 0; e < width; ++e) sums[e] += parts[c * width + e];
+    return sums;
+  }
+};
+
+void check(const Tensor& x, const Tensor& anchors, const Tensor& temperature, int64_t top_k) {
+  const int64_t experts = anchors.size(0);
+  STD_TORCH_CHECK(x.dim() == 2 && anchors.dim() == 2 && x.size(1) == anchors.size(1),
+                  "cosine_route: x T x D and anchors E x D expected");
+  STD_TORCH_CHECK(experts <= kMaxExperts, "cosine_route: at most ", kMaxExperts, " experts");
+  STD_TORCH_CHECK(top_k >= 1 && top_k <= std::min<int64_t>(kMaxTopK, experts), "cosine_route: 1 <= k <= min(",
+                  kMaxTopK, ", E) expected");
+  STD_TORCH_CHECK(x.is_contiguous() && anchors.is_contiguous(), "cosine_route: contiguous inputs expected");
+  STD_TORCH_CHECK(temperature.dim() == 1 && (temperature.size(0) == 1 || temperature.size(0) == experts) &&
+                      temperature.scalar_type() == ScalarType::Float,
+                  "cosine_route: temperature float32 of 1 or E entries expected");
+}
+
+std::vector<float> scales(const Tensor& temperature, int64_t experts) {
+  std::vector<float> scale(experts);
+  const float* tau = data<float>(temperature);
+  for (int64_t e = 0; e < experts; ++e) scale[e] = std::abs(tau[temperature.size(0) == 1 ? 0 : e]);
+  return scale;
+}
+
+int64_t count_valid(const bool* valid, int64_t tokens) {
+  return valid == nullptr ? tokens : std::count(valid, valid + tokens, true);
+}
+
+using Routed = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Routed cosine_route(const Tensor& x, const Tensor& anchors, const Tensor& temperature, int64_t top_k,
+                    int64_t gate, const OptionalTensor& valid, const OptionalTensor& selection_bias,
+                    const OptionalTensor& noise) {
+  check(x, anchors, temperature, top_k);
+  const int64_t T = x.size(0), D = x.size(1), E = anchors.size(0);
+  const Tensor anchors_f = to_float(anchors);
+  Tensor dots = product(to_float(x), stable::transpose(anchors_f, 0, 1));
+  Tensor gates = empty(dots, {T, top_k}), ids = empty(dots, {T, top_k}, ScalarType::Long);
+  Tensor load = empty(dots, {E}), mean_probs = empty(dots, {E}), lse = empty(dots, {T});
+  Tensor inverse_x = empty(dots, {T}), inverse_a = empty(dots, {E});
+  inverse_norms(anchors_f.data_ptr(), Number::kFloat, 0, E, D, kNormEps, data<float>(inverse_a));
+
+  const std::vector<float> scale = scales(temperature, E);
+  const Scores scores{data<float>(dots),      data<float>(inverse_x), data<float>(inverse_a), scale.data(),
+                      1.0f / kNormEps,        static_cast<int>(E),    static_cast<int>(top_k),
+                      static_cast<Gate>(gate)};
+  const Selection selection{data_or_null<float>(selection_bias), data_or_null<float>(noise),
+                            data_or_null<bool>(valid)};
+  const Number number = number_of(x);
+  const Chunks chunks(T);
+  std::vector<float> loads(chunks.count * E, 0.0f), probs(chunks.count * E, 0.0f);
+  chunks.each([&](int64_t c, int64_t first, int64_t last) {
+    inverse_norms(x.data_ptr(), number, first, last, D, kNormEps, data<float>(inverse_x));
+    route_rows(scores, selection, first, last, data<float>(gates), data<int64_t>(ids), data<float>(lse),
+               &loads[c * E], &probs[c * E]);
+  });
+  const float tokens = static_cast<float>(std::max<int64_t>(1, count_valid(selection.valid_T, T)));
+  const std::vector<float> routes = chunks.sum(loads, E), mass = chunks.sum(probs, E);
+  for (int64_t e = 0; e < E; ++e) {
+    data<float>(load)[e] = routes[e];
+    data<float>(mean_probs)[e] = mass[e] / tokens;
+  }
+  return {gates, ids, load, mean_probs, lse, dots, inverse_x, inverse_a};
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor>;
+
+Gradients cosine_route_backward(const Tensor& grad_gates, const Tensor& grad_mean_probs,
+                                const Tensor& grad_lse, const Tensor& x, const Tensor& anchors,
+                                const Tensor& temperature, int64_t gate, const OptionalTensor& valid,
+                                const Tensor& ids, const Tensor& lse, const Tensor& dots,
+                                const Tensor& inverse_x, const Tensor& inverse_a) {
+  const int64_t T = x.size(0), D = x.size(1), E = anchors.size(0);
+  const std::vector<float> scale = scales(temperature, E);
+  const Scores scores{data<float>(dots),      data<float>(inverse_x), data<float>(inverse_a), scale.data(),
+                      1.0f / kNormEps,        static_cast<int>(E),    static_cast<int>(ids.size(1)),
+                      static_cast<Gate>(gate)};
+  const bool* valid_T = data_or_null<bool>(valid);
+  const float tokens = static_cast<float>(std::max<int64_t>(1, count_valid(valid_T, T)));
+  std::vector<float> per_token(E);
+  for (int64_t e = 0; e < E; ++e) per_token[e] = data<float>(grad_mean_probs)[e] / tokens;
+  const Upstream upstream{data<float>(grad_gates), per_token.data(), data<float>(grad_lse)};
+
+  Tensor grad_dots = empty(dots, {T, E});
+  std::vector<float> along_x(T);
+  const Chunks chunks(T);
+  std::vector<float> parts(chunks.count * E, 0.0f);
+  chunks.each([&](int64_t c, int64_t first, int64_t last) {
+    route_rows_backward(scores, upstream, valid_T, data<int64_t>(ids), data<float>(lse), first, last,
+                        data<float>(grad_dots), along_x.data(), &parts[c * E]);
+  });
+  const std::vector<float> cosines = chunks.sum(parts, E);
+
+  Tensor through_anchors = product(grad_dots, to_float(anchors));
+  Tensor through_x = product(stable::transpose(grad_dots, 0, 1), to_float(x));
+  Tensor grad_x = stable::empty_like(x), grad_anchors = stable::empty_like(anchors);
+  Tensor grad_temperature = zeros(temperature, {temperature.size(0)});
+  chunks.each([&](int64_t, int64_t first, int64_t last) {
+    subtract_along(data<float>(through_anchors), x.data_ptr(), number_of(x), along_x.data(), first, last, D,
+                   grad_x.data_ptr());
+  });
+  std::vector<float> along_a(E);
+  for (int64_t e = 0; e < E; ++e) {
+    const float inverse = data<float>(inverse_a)[e], tau = data<float>(temperature)[grad_temperature.size(0) == 1 ? 0 : e];
+    along_a[e] = inverse < scores.largest_inverse ? cosines[e] * scale[e] * inverse * inverse : 0.0f;
+    const float sign = static_cast<float>((tau > 0) - (tau < 0));
+    data<float>(grad_temperature)[grad_temperature.size(0) == 1 ? 0 : e] += sign * cosines[e];
+  }
+  subtract_along(data<float>(through_x), anchors.data_ptr(), number_of(anchors), along_a.data(), 0, E, D,
+                 grad_anchors.data_ptr());
+  return {grad_x, grad_anchors, grad_temperature};
+}
+
+}  // namespace
+}  // namespace sra::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(sra_kernels, CPU, m) {
+  m.impl("cosine_route", TORCH_BOX(&sra::cpu::cosine_route));
+  m.impl("cosine_route_backward", TORCH_BOX(&sra::cpu::cosine_route_backward));
+}

@@ -1,0 +1,168 @@
+"""Cosine top-k routing: tokens and anchors in, gates, ids and statistics out, as one operator.
+
+    s_te = |tau_e| * x_t . a_e / (|x_t| |a_e|),    then `top_k_routing` of the scores
+
+    cosine_route            the compiled operator, where the extension is there and takes these inputs
+    cosine_route_reference  the torch functions that define it
+
+The compiled operator multiplies raw vectors and scales the float32 dot products, so bf16 vectors are not
+rounded again, and its gradients are in closed form. Letters: T tokens, D width, E experts, K experts per
+token.
+"""
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sra_ds.ops.extension import extension
+from sra_ds.ops.precision import at_least_float32
+from sra_ds.ops.top_k_routing import EVERYONE, Selection, TopKRouting, top_k_routing
+
+NORM_EPS = 1e-8
+GATES = ("selected", "all", "straight_through")
+"""In the order of `Gate` in kernels/row_core.h."""
+MAX_EXPERTS, MAX_TOP_K = 4096, 16
+COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def cosine_route(
+    x_TD: Tensor,
+    anchors_ED: Tensor,
+    temperature: Tensor,
+    top_k: int,
+    gate: str,
+    selection: Selection = EVERYONE,
+    keep_scores: bool = False,
+) -> tuple[TopKRouting, Tensor | None]:
+    """The routing of T tokens to K of E experts and, if asked for, scores_TE.
+
+    `temperature` has one entry or E. Ties go to the lower id, NaN is never preferred. Gradients go to x,
+    anchors and temperature, from all but the scores. To be called outside of autocast.
+    """
+    if not runs_compiled(x_TD, anchors_ED, top_k):
+        return cosine_route_reference(
+            x_TD, anchors_ED, temperature, top_k, gate, selection, keep_scores
+        )
+    temperature = temperature.float()
+    gates_TK, ids_TK, load_E, mean_probs_E, lse_T, dots_TE, inverse_x_T, inverse_a_E = (
+        torch.ops.sra_kernels.cosine_route.default(
+            x_TD.contiguous(),
+            anchors_ED.contiguous(),
+            temperature,
+            top_k,
+            GATES.index(gate),
+            *selection,
+        )
+    )
+    count = lse_T.new_full((), len(lse_T))
+    if selection.valid_T is not None:
+        count = selection.valid_T.sum(dtype=lse_T.dtype)
+        lse_T = lse_T * selection.valid_T
+    scores_TE = None
+    if keep_scores:
+        scale_E = inverse_a_E * temperature.detach().abs()
+        scores_TE = dots_TE * inverse_x_T.unsqueeze(-1) * scale_E
+    return TopKRouting(gates_TK, ids_TK, load_E, mean_probs_E, lse_T, count), scores_TE
+
+
+def cosine_route_reference(
+    x_TD: Tensor,
+    anchors_ED: Tensor,
+    temperature: Tensor,
+    top_k: int,
+    gate: str,
+    selection: Selection = EVERYONE,
+    keep_scores: bool = False,
+) -> tuple[TopKRouting, Tensor | None]:
+    """Definition of `cosine_route`."""
+    scores_TE = cosine_scores(x_TD, anchors_ED, temperature)
+    routing = top_k_routing(scores_TE, top_k, gate, selection)
+    return routing, scores_TE.detach() if keep_scores else None
+
+
+def cosine_scores(x_TD: Tensor, anchors_ED: Tensor, temperature: Tensor) -> Tensor:
+    """|temperature| * cosine of every token with every anchor, in float32 at least."""
+    x_TD = at_least_float32(x_TD)
+    cosines_TE = F.normalize(x_TD, dim=-1, eps=NORM_EPS) @ normalized(anchors_ED, x_TD.dtype).T
+    return cosines_TE * temperature.to(x_TD.dtype).abs()
+
+
+def normalized(anchors_ED: Tensor, dtype: torch.dtype) -> Tensor:
+    """Anchors of length 1."""
+    return F.normalize(anchors_ED.to(dtype), dim=-1, eps=NORM_EPS)
+
+
+def runs_compiled(x_TD: Tensor, anchors_ED: Tensor, top_k: int) -> bool:
+    """Whether the compiled operator takes these inputs."""
+    return (
+        _available_on(x_TD.device.type)
+        and x_TD.dtype in COMPILED_DTYPES
+        and anchors_ED.dtype in COMPILED_DTYPES
+        and len(anchors_ED) <= MAX_EXPERTS
+        and top_k <= MAX_TOP_K
+    )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _available_on(device_type: str) -> bool:
+    available = device_type in extension().devices
+    if available:
+        _register()
+    return available
+
+
+@functools.cache
+def _register() -> None:
+    """What torch needs to differentiate and to trace the operator."""
+    torch.library.register_fake("sra_kernels::cosine_route", _shapes)
+    torch.library.register_fake("sra_kernels::cosine_route_backward", _gradient_shapes)
+    torch.library.register_autograd(
+        "sra_kernels::cosine_route", _backward, setup_context=_keep_for_backward
+    )
+
+
+def _shapes(
+    x: Tensor, anchors: Tensor, temperature: Tensor, top_k: int, *_: Any
+) -> tuple[Tensor, ...]:
+    tokens, experts = x.shape[0], anchors.shape[0]
+
+    def numbers(*shape: int | torch.SymInt) -> Tensor:
+        return x.new_empty(shape, dtype=torch.float32)
+
+    ids_TK = x.new_empty((tokens, top_k), dtype=torch.int64)
+    over_experts = (numbers(experts), numbers(experts))
+    rest = (numbers(tokens), numbers(tokens, experts), numbers(tokens), numbers(experts))
+    return (numbers(tokens, top_k), ids_TK, *over_experts, *rest)
+
+
+def _gradient_shapes(
+    grad_gates: Tensor,
+    grad_mean_probs: Tensor,
+    grad_lse: Tensor,
+    x: Tensor,
+    anchors: Tensor,
+    temperature: Tensor,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(anchors), torch.empty_like(temperature)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, anchors, temperature, _, gate, valid, _, _ = inputs
+    _, ids, load, _, lse, dots, inverse_x, inverse_a = output
+    ctx.gate = gate
+    ctx.save_for_backward(x, anchors, temperature, valid, ids, lse, dots, inverse_x, inverse_a)
+    ctx.mark_non_differentiable(ids, load, dots, inverse_x, inverse_a)
+
+
+def _backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    x, anchors, temperature, valid, *kept = ctx.saved_tensors
+    grad_gates, _, _, grad_mean_probs, grad_lse = (grad.contiguous() for grad in upstream[:5])
+    with torch.autocast(x.device.type, enabled=False):
+        gradients = torch.ops.sra_kernels.cosine_route_backward(
+            grad_gates, grad_mean_probs, grad_lse, x, anchors, temperature, ctx.gate, valid, *kept
+        )
+    return (*gradients, None, None, None, None, None)

@@ -1,0 +1,216 @@
+"""The compiled routing operator against the torch functions that define it."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from sra_ds.ops.cosine_route import (
+    GATES,
+    cosine_route,
+    cosine_route_reference,
+    runs_compiled,
+)
+from sra_ds.ops.extension import extension
+from sra_ds.ops.top_k_routing import Selection
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.skipif("cpu" not in extension().devices, reason=extension().reason),
+]
+
+SIZES = [
+    (1, 3, 1, 1), (7, 5, 3, 3), (63, 72, 17, 2), (257, 33, 128, 1), (300, 64, 100, 16),
+    (513, 40, 1000, 8), (70, 512, 4096, 4),
+]  # fmt: skip
+FACTS = ("gates_TK", "mean_probs_E", "lse_T")
+
+
+def inputs(
+    tokens: int, width: int, experts: int, temperatures: int = 1, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens and anchors of any length, temperatures of both signs."""
+    x_TD = torch.randn(tokens, width) * torch.rand(tokens, 1) * 5
+    anchors_ED = torch.randn(experts, width) * torch.rand(experts, 1) * 3
+    signs = 1 - 2 * (torch.arange(temperatures) % 2)
+    return x_TD.to(dtype), anchors_ED.to(dtype), 8 * signs * (0.5 + torch.rand(temperatures))
+
+
+def selection(tokens: int, experts: int, wanted: bool) -> Selection:
+    if not wanted:
+        return Selection()
+    valid_T = torch.rand(tokens) < 0.7
+    return Selection(valid_T, torch.randn(experts), torch.randn(tokens, experts))
+
+
+def leaves(tensors: tuple[Tensor, ...], dtype: torch.dtype | None = None) -> list[Tensor]:
+    return [t.detach().to(dtype or t.dtype).clone().requires_grad_() for t in tensors]
+
+
+def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    """By the size of what is expected: single entries may cancel."""
+    size = float(expected.double().norm())
+    assert float((found.double() - expected.double()).norm()) <= tolerance * size + 1e-12
+
+
+def compare(tensors, top_k, gate, chosen_by, tolerance) -> None:
+    """Values and every gradient against the definition in float64."""
+    assert runs_compiled(tensors[0], tensors[1], top_k)
+    mine, exact = leaves(tensors), leaves(tensors, torch.float64)
+    wide = Selection(chosen_by.valid_T, *(t if t is None else t.double() for t in chosen_by[1:]))
+    found, scores_TE = cosine_route(*mine, top_k, gate, chosen_by, keep_scores=True)
+    expected, expected_TE = cosine_route_reference(*exact, top_k, gate, wide, keep_scores=True)
+    assert torch.equal(found.expert_ids_TK, expected.expert_ids_TK)
+    assert torch.equal(found.load_E.double(), expected.load_E)
+    assert found.valid_count == expected.valid_count
+    torch.testing.assert_close(found.gates_TK.double(), expected.gates_TK, rtol=0, atol=2e-6)
+    torch.testing.assert_close(
+        found.mean_probs_E.double(), expected.mean_probs_E, rtol=0, atol=1e-6
+    )
+    torch.testing.assert_close(found.lse_T.double(), expected.lse_T, rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(scores_TE.double(), expected_TE, rtol=0, atol=2e-5)
+    weights = [torch.randn_like(getattr(expected, fact)) for fact in FACTS]
+    for routing in (found, expected):
+        parts = (getattr(routing, f).double() * w for f, w in zip(FACTS, weights, strict=True))
+        sum(part.sum() for part in parts).backward()
+    for own, other in zip(mine, exact, strict=True):
+        assert_near(own.grad, other.grad, tolerance)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("selective", [False, True], ids=["plain", "selective"])
+def test_values_and_every_gradient_equal_the_definition(size, gate, selective):
+    tokens, width, experts, top_k = size
+    tensors = inputs(tokens, width, experts)
+    compare(tensors, top_k, gate, selection(tokens, experts, selective), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("gate", GATES)
+def test_short_numbers_are_read_exactly(dtype, gate):
+    """Values are those of the rounded inputs; gradients are rounded once, at the end."""
+    tensors = inputs(130, 48, 64, 64, dtype)
+    compare(tensors, 2, gate, selection(130, 64, True), 4e-3 if dtype == torch.bfloat16 else 5e-4)
+
+
+def test_tokens_and_anchors_may_have_different_types():
+    x_TD, _, temperature = inputs(40, 16, 8, dtype=torch.bfloat16)
+    compare((x_TD, torch.randn(8, 16), temperature), 2, "all", Selection(), 4e-3)
+
+
+@pytest.mark.parametrize("temperatures", [1, 24])
+def test_temperatures_learn_alone_or_together(temperatures):
+    compare(inputs(90, 20, 24, temperatures), 3, "selected", Selection(), 1e-5)
+
+
+def route_of(scores_TE: Tensor, top_k: int, **selected: Tensor):
+    """The operator on tokens whose cosines with the anchors are `scores_TE`."""
+    experts = scores_TE.shape[1]
+    return cosine_route(
+        scores_TE, torch.eye(experts), torch.ones(1), top_k, "all", Selection(**selected)
+    )[0]
+
+
+def test_ties_go_to_the_lower_id():
+    even_TE = torch.ones(5, 40)
+    assert route_of(even_TE, 4).expert_ids_TK.tolist() == [[0, 1, 2, 3]] * 5
+    some_TE = torch.zeros(1, 40)
+    some_TE[0, [7, 19, 33]] = 1
+    assert route_of(some_TE, 4).expert_ids_TK.tolist() == [[7, 19, 33, 0]]
+
+
+def test_what_is_not_a_number_never_wins():
+    bias_E = torch.zeros(20)
+    bias_E[:17] = float("nan")
+    bias_E[17] = -float("inf")
+    found = route_of(torch.ones(3, 20), 4, bias_E=bias_E)
+    assert found.expert_ids_TK.tolist() == [[18, 19, 0, 1]] * 3
+    broken_TE = torch.full((2, 20), float("nan"))
+    broken_TE[1] = 1
+    found = route_of(broken_TE, 2)
+    assert found.expert_ids_TK.tolist() == [[0, 1]] * 2
+    assert found.gates_TK[0].isnan().all() and found.gates_TK[1].isfinite().all()
+
+
+def test_vectors_without_direction_have_no_gradient_along_themselves():
+    x_TD, anchors_ED, temperature = inputs(6, 10, 5)
+    x_TD[2] = 0
+    x_TD[4] *= 1e-12
+    anchors_ED[3] = 0
+    mine, theirs = (leaves((x_TD, anchors_ED, temperature)) for _ in range(2))
+    for route, own in ((cosine_route, mine), (cosine_route_reference, theirs)):
+        routing, _ = route(*own, 2, "all")
+        (routing.gates_TK.square().sum() + routing.lse_T.sum()).backward()
+    for own, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(
+            own.grad, other.grad, rtol=1e-4, atol=1e-5 * float(other.grad.abs().max())
+        )
+
+
+def test_no_tokens_and_no_valid_tokens():
+    nothing, _ = cosine_route(torch.zeros(0, 8), torch.randn(4, 8), torch.ones(1), 2, "all")
+    assert nothing.gates_TK.shape == (0, 2) and nothing.load_E.tolist() == [0] * 4
+    unseen = route_of(torch.randn(9, 4), 2, valid_T=torch.zeros(9, dtype=torch.bool))
+    assert unseen.valid_count == 0 and not unseen.mean_probs_E.any() and not unseen.lse_T.any()
+
+
+def test_results_do_not_depend_on_threads():
+    tensors = inputs(3000, 32, 64)
+    results = []
+    for threads in (1, 2):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        own = leaves(tensors)
+        routing, _ = cosine_route(*own, 2, "all")
+        torch.set_num_threads(before)
+        results.append(routing)
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second) or first.dtype.is_floating_point
+    assert torch.equal(results[0].expert_ids_TK, results[1].expert_ids_TK)
+
+
+@pytest.mark.parametrize("gate", range(3))
+def test_the_operator_keeps_torchs_contract(gate):
+    x_TD, anchors_ED, temperature = leaves(inputs(37, 16, 24))
+    chosen_by = selection(37, 24, True)
+    operator = torch.ops.sra_kernels.cosine_route.default
+    cosine_route(x_TD, anchors_ED, temperature, 2, "all")  # registers
+    torch.library.opcheck(operator, (x_TD, anchors_ED, temperature, 2, gate, *chosen_by))
+    torch.library.opcheck(operator, (x_TD, anchors_ED, temperature, 2, gate, None, None, None))
+
+
+def test_it_compiles_without_graph_breaks():
+    def loss(x_TD: Tensor, anchors_ED: Tensor, temperature: Tensor) -> Tensor:
+        routing, _ = cosine_route(x_TD, anchors_ED, temperature, 2, "all")
+        return routing.gates_TK.square().sum() + (routing.mean_probs_E * routing.load_E).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for tokens in (33, 65, 1000):
+        mine, theirs = (leaves(t) for t in itertools.repeat(inputs(tokens, 16, 24), 2))
+        first, second = compiled(*mine), loss(*theirs)
+        torch.testing.assert_close(first, second)
+        first.backward(), second.backward()
+        for own, other in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(own.grad, other.grad)
+
+
+def test_autocast_is_kept_out():
+    tensors = inputs(30, 16, 8)
+    mine, theirs = leaves(tensors), leaves(tensors)
+    routing, _ = cosine_route(*mine, 2, "all")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        routing.lse_T.sum().backward()
+        with pytest.raises(RuntimeError, match="outside of autocast"):
+            cosine_route(*theirs, 2, "all")
+    cosine_route(*theirs, 2, "all")[0].lse_T.sum().backward()
+    for own, other in zip(mine, theirs, strict=True):
+        assert torch.equal(own.grad, other.grad)
+
+
+def test_wrong_shapes_are_refused_in_words():
+    with pytest.raises(RuntimeError, match="anchors E x D"):
+        cosine_route(torch.randn(3, 4), torch.randn(5, 6), torch.ones(1), 2, "all")
+    with pytest.raises(RuntimeError, match="1 or E entries"):
+        cosine_route(torch.randn(3, 4), torch.randn(5, 4), torch.ones(3), 2, "all")
