@@ -10,4 +10,11 @@ STABLE_TORCH_LIBRARY(sra_kernels, m) {
       "cosine_route_backward(Tensor grad_gates, Tensor grad_mean_probs, Tensor grad_lse, Tensor x, Tensor "
       "anchors, Tensor temperature, int gate, Tensor? valid, Tensor ids, Tensor lse, Tensor dots, Tensor "
       "inverse_x, Tensor inverse_a) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "feed_forward(Tensor x, Tensor? gate_weight, Tensor up_weight, Tensor? up_bias, Tensor down_weight, "
+      "Tensor? down_bias, Tensor offsets) -> (Tensor y, Tensor gate, Tensor up)");
+  m.def(
+      "feed_forward_backward(Tensor grad_y, Tensor x, Tensor? gate_weight, Tensor up_weight, Tensor "
+      "down_weight, Tensor offsets, Tensor gate, Tensor up, bool biased) -> (Tensor, Tensor, Tensor, Tensor, "
+      "Tensor, Tensor)");
 }

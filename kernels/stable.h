@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <array>
 #include <optional>
 #include <vector>
 
@@ -37,11 +38,24 @@ inline Tensor to_float(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Float ? tensor : torch::stable::to(tensor, ScalarType::Float);
 }
 
-// Float32 matrices in, float32 out; autocast would change that unseen.
-inline Tensor product(const Tensor& left, const Tensor& right) {
-  Tensor result = torch::stable::matmul(left, right);
-  STD_TORCH_CHECK(result.scalar_type() == ScalarType::Float, "sra_kernels: call this outside of autocast");
-  return result;
+// The same numbers without history: other threads do not know that this one is below autograd.
+inline Tensor detached(const Tensor& tensor) {
+  std::array<StableIValue, 1> stack{torch::stable::detail::from(tensor)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::detach", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// out = left @ right, matrices of one type.
+inline void multiply(const Tensor& left, const Tensor& right, const Tensor& out) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(left), torch::stable::detail::from(right),
+                                    torch::stable::detail::from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // owned by whoever called
+}
+
+inline Tensor rows(const Tensor& tensor, int64_t first, int64_t last) {
+  Tensor whole = tensor;
+  return torch::stable::narrow(whole, 0, first, last - first);
 }
 
 }  // namespace sra

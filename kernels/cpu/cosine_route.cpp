@@ -43,44 +43,66 @@ struct Best {
 };
 
 template <class T>
-SRA_INLINE void inverse_norms_of(const void* data, int64_t first, int64_t last, int64_t width, float eps,
-                                 float* inverse) {
-  for (int64_t t = first; t < last; ++t) {
-    const T* row = static_cast<const T*>(data) + t * width;
+SRA_INLINE void inverse_norms_of(const T* rows, int64_t count, int64_t width, float eps, float* inverse,
+                                 float* wide) {
+  for (int64_t t = 0; t < count; ++t) {
+    const T* row = rows + t * width;
     float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
     for (int64_t d = 0; d < width; ++d) sum += static_cast<float>(row[d]) * static_cast<float>(row[d]);
     inverse[t] = 1.0f / std::max(std::sqrt(sum), eps);
+    if (wide == nullptr) continue;
+#pragma omp simd
+    for (int64_t d = 0; d < width; ++d) wide[t * width + d] = static_cast<float>(row[d]);
+  }
+}
+
+template <class G, class T>
+SRA_INLINE void subtract_along_of(const G* gradient, const T* rows, const float* along, int64_t count,
+                                  int64_t width, T* out) {
+  for (int64_t t = 0; t < count; ++t) {
+    const int64_t start = t * width;
+    const float factor = along[t];
+#pragma omp simd
+    for (int64_t d = 0; d < width; ++d)
+      out[start + d] = T::nearest(static_cast<float>(gradient[start + d]) -
+                                  factor * static_cast<float>(rows[start + d]));
   }
 }
 
 template <class T>
-SRA_INLINE void subtract_along_of(const float* gradient, const void* rows, const float* along, int64_t first,
-                                  int64_t last, int64_t width, void* out) {
-  for (int64_t t = first; t < last; ++t) {
-    const float* g = gradient + t * width;
-    const T* row = static_cast<const T*>(rows) + t * width;
-    T* result = static_cast<T*>(out) + t * width;
-    const float factor = along[t];
+SRA_INLINE void round_row(const float* row, int64_t width, void* out) {
+  T* numbers = static_cast<T*>(out);
 #pragma omp simd
-    for (int64_t d = 0; d < width; ++d) result[d] = T::nearest(g[d] - factor * static_cast<float>(row[d]));
-  }
+  for (int64_t e = 0; e < width; ++e) numbers[e] = T::nearest(row[e]);
 }
 
 }  // namespace
 
-SRA_CLONES void inverse_norms(const void* rows, Number type, int64_t first, int64_t last, int64_t width,
-                              float eps, float* inverse) {
-  if (type == Number::kFloat) inverse_norms_of<Float>(rows, first, last, width, eps, inverse);
-  if (type == Number::kBFloat16) inverse_norms_of<BFloat16>(rows, first, last, width, eps, inverse);
-  if (type == Number::kHalf) inverse_norms_of<Half>(rows, first, last, width, eps, inverse);
+SRA_CLONES void inverse_norms(const void* rows, Number type, int64_t count, int64_t width, float eps,
+                              float* inverse, float* wide) {
+  if (type == Number::kFloat)
+    inverse_norms_of(static_cast<const Float*>(rows), count, width, eps, inverse, wide);
+  else if (type == Number::kBFloat16)
+    inverse_norms_of(static_cast<const BFloat16*>(rows), count, width, eps, inverse, wide);
+  else
+    inverse_norms_of(static_cast<const Half*>(rows), count, width, eps, inverse, wide);
 }
 
-SRA_CLONES void subtract_along(const float* gradient, const void* rows, Number type, const float* along,
-                               int64_t first, int64_t last, int64_t width, void* out) {
-  if (type == Number::kFloat) subtract_along_of<Float>(gradient, rows, along, first, last, width, out);
-  if (type == Number::kBFloat16) subtract_along_of<BFloat16>(gradient, rows, along, first, last, width, out);
-  if (type == Number::kHalf) subtract_along_of<Half>(gradient, rows, along, first, last, width, out);
+SRA_CLONES void subtract_along(const void* gradient, Number gradient_type, const void* rows, Number type,
+                               const float* along, int64_t count, int64_t width, void* out) {
+  const Float* wide = static_cast<const Float*>(gradient);
+  if (type == Number::kFloat) {
+    subtract_along_of(wide, static_cast<const Float*>(rows), along, count, width, static_cast<Float*>(out));
+  } else if (type == Number::kHalf) {
+    subtract_along_of(wide, static_cast<const Half*>(rows), along, count, width, static_cast<Half*>(out));
+  } else if (gradient_type == Number::kFloat) {
+    subtract_along_of(wide, static_cast<const BFloat16*>(rows), along, count, width,
+                      static_cast<BFloat16*>(out));
+  } else {
+    subtract_along_of(static_cast<const BFloat16*>(gradient), static_cast<const BFloat16*>(rows), along, count,
+                      width, static_cast<BFloat16*>(out));
+  }
 }
 
 SRA_CLONES void route_rows(const Scores& in, const Selection& selection, int64_t first, int64_t last,
@@ -134,9 +156,9 @@ SRA_CLONES void route_rows(const Scores& in, const Selection& selection, int64_t
 
 SRA_CLONES void route_rows_backward(const Scores& in, const Upstream& upstream, const bool* valid_T,
                                     const int64_t* ids_TK, const float* lse_T, int64_t first, int64_t last,
-                                    float* dots_TE, float* along_x_T, float* cosines_E) {
+                                    void* grad_TE, Number type, float* along_x_T, float* cosines_E) {
   const int E = in.experts, K = in.top_k;
-  alignas(64) float cosine[kMaxExperts], power[kMaxExperts], column[kMaxExperts];
+  alignas(64) float cosine[kMaxExperts], power[kMaxExperts], column[kMaxExperts], narrow[kMaxExperts];
 #pragma omp simd
   for (int e = 0; e < E; ++e) column[e] = in.inverse_a_E[e] * in.scale_E[e];
   for (int64_t t = first; t < last; ++t) {
@@ -155,7 +177,7 @@ SRA_CLONES void route_rows_backward(const Scores& in, const Upstream& upstream, 
     for (int j = 0; j < K; ++j) score[j] = cosine[ids[j]] * in.scale_E[ids[j]];
     const float spread = gate_gradient(in.gate, score, lse, K, upstream.gates_TK + t * K, chosen);
     const float everywhere = upstream.lse_T[t] - valid * along_probs - spread;
-    float* out = dots_TE + t * E;
+    float* out = type == Number::kFloat ? static_cast<float*>(grad_TE) + t * E : narrow;
 #pragma omp simd
     for (int e = 0; e < E; ++e) out[e] = power[e] * (valid * upstream.probs_E[e] + everywhere);
     for (int j = 0; j < K; ++j) out[ids[j]] += chosen[j];
@@ -167,6 +189,7 @@ SRA_CLONES void route_rows_backward(const Scores& in, const Upstream& upstream, 
       cosines_E[e] += with_cosine;
       out[e] *= inverse_x * column[e];
     }
+    if (type == Number::kBFloat16) round_row<BFloat16>(out, E, static_cast<BFloat16*>(grad_TE) + t * E);
     along_x_T[t] = inverse_x < in.largest_inverse ? along_x * inverse_x * inverse_x : 0.0f;
   }
 }

@@ -4,14 +4,13 @@
 #include <cstdint>
 
 #include "../row_core.h"
+#include "number.h"
 
 namespace sra::cpu {
 
-enum class Number { kFloat, kBFloat16, kHalf };
-
-// 1 / max(|row|, eps) of rows [first, last) of a matrix with `width` columns.
-void inverse_norms(const void* rows, Number type, int64_t first, int64_t last, int64_t width, float eps,
-                   float* inverse);
+// 1 / max(|row|, eps) of `count` rows of `width` numbers, and the rows in float32 unless `wide` is null.
+void inverse_norms(const void* rows, Number type, int64_t count, int64_t width, float eps, float* inverse,
+                   float* wide);
 
 struct Scores {
   const float* dots_TE;      // x . anchor, unscaled
@@ -40,14 +39,15 @@ struct Upstream {
   const float* lse_T;
 };
 
-// Rows [first, last): the gradient of the dot products in dots_TE, along x in along_x_T, and the sum over
-// rows of (gradient of the score x cosine), added to cosines_E.
+// Rows [first, last): the gradient of the dot products in grad_TE (numbers of `type`), along x in
+// along_x_T, and the sum over rows of (gradient of the score x cosine), added to cosines_E.
 void route_rows_backward(const Scores& in, const Upstream& upstream, const bool* valid_T,
                          const int64_t* ids_TK, const float* lse_T, int64_t first, int64_t last,
-                         float* dots_TE, float* along_x_T, float* cosines_E);
+                         void* grad_TE, Number type, float* along_x_T, float* cosines_E);
 
-// out = gradient - along[row] * rows, of rows [first, last), in the numbers of `type`.
-void subtract_along(const float* gradient, const void* rows, Number type, const float* along, int64_t first,
-                    int64_t last, int64_t width, void* out);
+// out = gradient - along[row] * rows, of `count` rows; `rows` and `out` are numbers of `type`, `gradient`
+// of `gradient_type`, float32 or the same.
+void subtract_along(const void* gradient, Number gradient_type, const void* rows, Number type,
+                    const float* along, int64_t count, int64_t width, void* out);
 
 }  // namespace sra::cpu

@@ -6,6 +6,7 @@
 
 #include "../stable.h"
 #include "cosine_route.h"
+#include "number_of.h"
 
 namespace sra::cpu {
 namespace {
@@ -14,14 +15,6 @@ namespace stable = torch::stable;
 
 constexpr int64_t kChunk = 256;
 constexpr float kNormEps = 1e-8f;  // as in ops/cosine_route.py
-
-Number number_of(const Tensor& tensor) {
-  const ScalarType type = tensor.scalar_type();
-  if (type == ScalarType::BFloat16) return Number::kBFloat16;
-  if (type == ScalarType::Half) return Number::kHalf;
-  STD_TORCH_CHECK(type == ScalarType::Float, "cosine_route: float32, bfloat16 or float16 expected");
-  return Number::kFloat;
-}
 
 struct Chunks {
   int64_t rows, count;
@@ -68,31 +61,44 @@ int64_t count_valid(const bool* valid, int64_t tokens) {
   return valid == nullptr ? tokens : std::count(valid, valid + tokens, true);
 }
 
+Scores scores_of(const Tensor& dots, const Tensor& inverse_x, const Tensor& inverse_a,
+                 const std::vector<float>& scale, int64_t top_k, int64_t gate) {
+  return {data<float>(dots), data<float>(inverse_x),       data<float>(inverse_a),  scale.data(),
+          1.0f / kNormEps,   static_cast<int>(dots.size(1)), static_cast<int>(top_k), static_cast<Gate>(gate)};
+}
+
+const void* row_of(const Tensor& matrix, int64_t row) {
+  return static_cast<const char*>(matrix.data_ptr()) + row * matrix.size(1) * matrix.element_size();
+}
+
 using Routed = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+// Each chunk of tokens is widened to float32, multiplied, and routed while it is in the cache.
 Routed cosine_route(const Tensor& x, const Tensor& anchors, const Tensor& temperature, int64_t top_k,
                     int64_t gate, const OptionalTensor& valid, const OptionalTensor& selection_bias,
                     const OptionalTensor& noise) {
   check(x, anchors, temperature, top_k);
   const int64_t T = x.size(0), D = x.size(1), E = anchors.size(0);
-  const Tensor anchors_f = to_float(anchors);
-  Tensor dots = product(to_float(x), stable::transpose(anchors_f, 0, 1));
-  Tensor gates = empty(dots, {T, top_k}), ids = empty(dots, {T, top_k}, ScalarType::Long);
-  Tensor load = empty(dots, {E}), mean_probs = empty(dots, {E}), lse = empty(dots, {T});
-  Tensor inverse_x = empty(dots, {T}), inverse_a = empty(dots, {E});
-  inverse_norms(anchors_f.data_ptr(), Number::kFloat, 0, E, D, kNormEps, data<float>(inverse_a));
+  const Number number = number_of(x);
+  const Tensor x_plain = detached(x), anchors_wide = detached(to_float(anchors));
+  const Tensor anchors_DE = stable::transpose(anchors_wide, 0, 1);
+  Tensor dots = empty(anchors_wide, {T, E}), ids = empty(dots, {T, top_k}, ScalarType::Long);
+  Tensor gates = empty(dots, {T, top_k}), load = empty(dots, {E}), mean_probs = empty(dots, {E});
+  Tensor lse = empty(dots, {T}), inverse_x = empty(dots, {T}), inverse_a = empty(dots, {E});
+  inverse_norms(anchors_wide.data_ptr(), Number::kFloat, E, D, kNormEps, data<float>(inverse_a), nullptr);
 
   const std::vector<float> scale = scales(temperature, E);
-  const Scores scores{data<float>(dots),      data<float>(inverse_x), data<float>(inverse_a), scale.data(),
-                      1.0f / kNormEps,        static_cast<int>(E),    static_cast<int>(top_k),
-                      static_cast<Gate>(gate)};
+  const Scores scores = scores_of(dots, inverse_x, inverse_a, scale, top_k, gate);
   const Selection selection{data_or_null<float>(selection_bias), data_or_null<float>(noise),
                             data_or_null<bool>(valid)};
-  const Number number = number_of(x);
   const Chunks chunks(T);
   std::vector<float> loads(chunks.count * E, 0.0f), probs(chunks.count * E, 0.0f);
   chunks.each([&](int64_t c, int64_t first, int64_t last) {
-    inverse_norms(x.data_ptr(), number, first, last, D, kNormEps, data<float>(inverse_x));
+    const bool narrow = number != Number::kFloat;
+    const Tensor wide = narrow ? empty(dots, {last - first, D}) : rows(x_plain, first, last);
+    inverse_norms(row_of(x, first), number, last - first, D, kNormEps, data<float>(inverse_x) + first,
+                  narrow ? data<float>(wide) : nullptr);
+    multiply(wide, anchors_DE, rows(dots, first, last));
     route_rows(scores, selection, first, last, data<float>(gates), data<int64_t>(ids), data<float>(lse),
                &loads[c * E], &probs[c * E]);
   });
@@ -107,48 +113,53 @@ Routed cosine_route(const Tensor& x, const Tensor& anchors, const Tensor& temper
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;
 
+// With bf16 tokens and anchors the gradient of the dot products is rounded to bf16 for both products, as
+// a bf16 linear layer's would be; otherwise they are float32.
 Gradients cosine_route_backward(const Tensor& grad_gates, const Tensor& grad_mean_probs,
                                 const Tensor& grad_lse, const Tensor& x, const Tensor& anchors,
                                 const Tensor& temperature, int64_t gate, const OptionalTensor& valid,
                                 const Tensor& ids, const Tensor& lse, const Tensor& dots,
                                 const Tensor& inverse_x, const Tensor& inverse_a) {
   const int64_t T = x.size(0), D = x.size(1), E = anchors.size(0);
+  const Number number = number_of(x);
+  const bool short_products = number == Number::kBFloat16 && number_of(anchors) == number;
+  const Number product = short_products ? number : Number::kFloat;
+  const ScalarType type = short_products ? ScalarType::BFloat16 : ScalarType::Float;
+  const Tensor factor_ED = detached(short_products ? anchors : to_float(anchors));
+  const Tensor factor_TD = detached(short_products ? x : to_float(x));
+
   const std::vector<float> scale = scales(temperature, E);
-  const Scores scores{data<float>(dots),      data<float>(inverse_x), data<float>(inverse_a), scale.data(),
-                      1.0f / kNormEps,        static_cast<int>(E),    static_cast<int>(ids.size(1)),
-                      static_cast<Gate>(gate)};
+  const Scores scores = scores_of(dots, inverse_x, inverse_a, scale, ids.size(1), gate);
   const bool* valid_T = data_or_null<bool>(valid);
   const float tokens = static_cast<float>(std::max<int64_t>(1, count_valid(valid_T, T)));
-  std::vector<float> per_token(E);
+  std::vector<float> per_token(E), along_x(T);
   for (int64_t e = 0; e < E; ++e) per_token[e] = data<float>(grad_mean_probs)[e] / tokens;
   const Upstream upstream{data<float>(grad_gates), per_token.data(), data<float>(grad_lse)};
 
-  Tensor grad_dots = empty(dots, {T, E});
-  std::vector<float> along_x(T);
+  Tensor grad_dots = empty(dots, {T, E}, type), grad_x = stable::empty_like(x);
   const Chunks chunks(T);
   std::vector<float> parts(chunks.count * E, 0.0f);
   chunks.each([&](int64_t c, int64_t first, int64_t last) {
     route_rows_backward(scores, upstream, valid_T, data<int64_t>(ids), data<float>(lse), first, last,
-                        data<float>(grad_dots), along_x.data(), &parts[c * E]);
+                        grad_dots.data_ptr(), product, along_x.data(), &parts[c * E]);
+    const Tensor through_dots = empty(dots, {last - first, D}, type);
+    multiply(rows(grad_dots, first, last), factor_ED, through_dots);
+    subtract_along(through_dots.data_ptr(), product, row_of(x, first), number, &along_x[first], last - first,
+                   D, const_cast<void*>(row_of(grad_x, first)));
   });
   const std::vector<float> cosines = chunks.sum(parts, E);
 
-  Tensor through_anchors = product(grad_dots, to_float(anchors));
-  Tensor through_x = product(stable::transpose(grad_dots, 0, 1), to_float(x));
-  Tensor grad_x = stable::empty_like(x), grad_anchors = stable::empty_like(anchors);
+  Tensor through_dots = empty(dots, {E, D}, type), grad_anchors = stable::empty_like(anchors);
+  multiply(stable::transpose(grad_dots, 0, 1), factor_TD, through_dots);
   Tensor grad_temperature = zeros(temperature, {temperature.size(0)});
-  chunks.each([&](int64_t, int64_t first, int64_t last) {
-    subtract_along(data<float>(through_anchors), x.data_ptr(), number_of(x), along_x.data(), first, last, D,
-                   grad_x.data_ptr());
-  });
   std::vector<float> along_a(E);
   for (int64_t e = 0; e < E; ++e) {
-    const float inverse = data<float>(inverse_a)[e], tau = data<float>(temperature)[grad_temperature.size(0) == 1 ? 0 : e];
+    const int64_t entry = temperature.size(0) == 1 ? 0 : e;
+    const float inverse = data<float>(inverse_a)[e], tau = data<float>(temperature)[entry];
     along_a[e] = inverse < scores.largest_inverse ? cosines[e] * scale[e] * inverse * inverse : 0.0f;
-    const float sign = static_cast<float>((tau > 0) - (tau < 0));
-    data<float>(grad_temperature)[grad_temperature.size(0) == 1 ? 0 : e] += sign * cosines[e];
+    data<float>(grad_temperature)[entry] += cosines[e] * static_cast<float>((tau > 0) - (tau < 0));
   }
-  subtract_along(data<float>(through_x), anchors.data_ptr(), number_of(anchors), along_a.data(), 0, E, D,
+  subtract_along(through_dots.data_ptr(), product, anchors.data_ptr(), number_of(anchors), along_a.data(), E, D,
                  grad_anchors.data_ptr());
   return {grad_x, grad_anchors, grad_temperature};
 }

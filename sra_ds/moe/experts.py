@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sra_ds.config.model import FeedForwardConfig, GeluConfig, SwigluConfig
-from sra_ds.ops.grouped_linear import grouped_linear
+from sra_ds.ops.feed_forward import Weights, feed_forward
 
 
 class ResidualLinear(nn.Linear):
@@ -72,25 +72,14 @@ class GroupedExperts(nn.Module):
         padding: the last expert computes them, so that no row stays unwritten."""
         offsets_E = counts_E.cumsum(0, dtype=torch.int32)
         offsets_E[-1] = len(x_RD)
-        every_R = torch.arange(len(x_RD), device=x_RD.device, dtype=torch.int32)
-        expert_of_row_R = torch.searchsorted(offsets_E, every_R, right=True)
-        hidden_RF = self.activate(x_RD, offsets_E, expert_of_row_R)
-        hidden_RF = F.dropout(hidden_RF, self.dropout, self.training)
-        return grouped_linear(
-            hidden_RF, self.down_weight, self.down_bias, offsets_E, expert_of_row_R
+        weights = Weights(
+            self.gate_weight, self.up_weight, self.up_bias, self.down_weight, self.down_bias
         )
-
-    def activate(self, x_RD: Tensor, offsets_E: Tensor, expert_of_row_R: Tensor) -> Tensor:
-        """The hidden layer's activations, R x F."""
-        raise NotImplementedError
+        return feed_forward(x_RD, weights, offsets_E, self.dropout if self.training else 0.0)
 
 
 class GeluExperts(GroupedExperts):
     """Stacked `GeluFeedForward`."""
-
-    def activate(self, x_RD: Tensor, offsets_E: Tensor, expert_of_row_R: Tensor) -> Tensor:
-        up_RF = grouped_linear(x_RD, self.up_weight, self.up_bias, offsets_E, expert_of_row_R)
-        return F.gelu(up_RF, approximate="tanh")
 
 
 class SwigluExperts(GroupedExperts):
@@ -99,12 +88,6 @@ class SwigluExperts(GroupedExperts):
     def __init__(self, config: FeedForwardConfig, expert_ids: range, width: int) -> None:
         super().__init__(config, expert_ids, width)
         self.gate_weight = nn.Parameter(torch.empty(len(expert_ids), width, config.hidden))
-
-    def activate(self, x_RD: Tensor, offsets_E: Tensor, expert_of_row_R: Tensor) -> Tensor:
-        assert self.gate_weight is not None
-        gate_RF = grouped_linear(x_RD, self.gate_weight, None, offsets_E, expert_of_row_R)
-        up_RF = grouped_linear(x_RD, self.up_weight, None, offsets_E, expert_of_row_R)
-        return F.silu(gate_RF) * up_RF
 
 
 FEED_FORWARDS: dict[type[Any], type[nn.Module]] = {

@@ -40,7 +40,7 @@ def cosine_route(
     """The routing of T tokens to K of E experts and, if asked for, scores_TE.
 
     `temperature` has one entry or E. Ties go to the lower id, NaN is never preferred. Gradients go to x,
-    anchors and temperature, from all but the scores. To be called outside of autocast.
+    anchors and temperature, from all but the scores.
     """
     if not runs_compiled(x_TD, anchors_ED, top_k):
         return cosine_route_reference(
@@ -161,8 +161,7 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
     x, anchors, temperature, valid, *kept = ctx.saved_tensors
     grad_gates, _, _, grad_mean_probs, grad_lse = (grad.contiguous() for grad in upstream[:5])
-    with torch.autocast(x.device.type, enabled=False):
-        gradients = torch.ops.sra_kernels.cosine_route_backward(
-            grad_gates, grad_mean_probs, grad_lse, x, anchors, temperature, ctx.gate, valid, *kept
-        )
+    gradients = torch.ops.sra_kernels.cosine_route_backward(
+        grad_gates, grad_mean_probs, grad_lse, x, anchors, temperature, ctx.gate, valid, *kept
+    )
     return (*gradients, None, None, None, None, None)

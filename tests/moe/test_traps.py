@@ -28,6 +28,7 @@ from sra_ds.moe.layer import MoELayer
 from sra_ds.moe.routers import CosineRouter
 from sra_ds.moe.routing import Routing, route
 from sra_ds.ops.cosine_route import cosine_scores, normalized
+from sra_ds.ops.extension import extension, use_kernels
 from sra_ds.training.anchors import seed_anchors
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -251,11 +252,18 @@ class Calls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("kernels", ["reference", "auto"])
 @pytest.mark.parametrize(("kind", "products"), [("gelu", 2), ("swiglu", 3)])
 @pytest.mark.parametrize("router", ["cosine", "linear", "hash"])
 def test_trap_v1_7_the_work_is_the_same_few_calls_whatever_the_number_of_experts(
-    kind: str, products: int, router: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, products: int, router: str, kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with use_kernels(kernels):
+        compiled = "cpu" in extension().devices
+        check_calls(kind, 0 if compiled else products, router, monkeypatch)
+
+
+def check_calls(kind: str, products: int, router: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("a tensor's values were read by the host")
 
