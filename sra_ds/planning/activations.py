@@ -81,11 +81,14 @@ def _channel(case: Case) -> _Part:
         hidden = _hidden(channel.feed_forward, case)
         return _Part(width * w + hidden, width * w, width * w)
     router = 0
+    own_input = width * w if w < FLOAT else 0  # in float32 the router keeps the same tensor
     if isinstance(channel.router, CosineRouterConfig | RandomRouterConfig):
         router = (2 * width + 3 * channel.experts) * FLOAT
+        if case.compiled:  # its input as it is, and the dot products
+            router, own_input = width * w + channel.experts * FLOAT, 0
     elif isinstance(channel.router, LinearRouterConfig):
         router = (width + 2 * channel.experts) * FLOAT
-    hidden = _hidden(channel.expert, case)
+    hidden = _hidden(channel.expert, case, experts=True)
     routes = channel.top_k * (2 * width * w + hidden + 5 * INTEGER)
     shared = 0.0
     if channel.shared_expert is not None:
@@ -94,14 +97,15 @@ def _channel(case: Case) -> _Part:
     if case.layout.marked:
         padding = channel.experts // case.layout.ep * ROWS_OF_AN_EXPERT
         fixed = int(padding * (width * w + hidden + 2 * INTEGER))
-    own_input = width * w if w < FLOAT else 0  # in float32 the router keeps the same tensor
     return _Part(routes + shared, width * w + router, own_input, fixed)
 
 
-def _hidden(config: FeedForwardConfig, case: Case) -> float:
+def _hidden(config: FeedForwardConfig, case: Case, experts: bool = False) -> float:
     """2 F for GELU (before and after it), 4 F for SwiGLU (gate before and after SiLU, up, their product),
     and the mask of a dropout."""
     count = 2 if isinstance(config, GeluConfig) else 4
+    if experts and case.compiled and not config.dropout:
+        count //= 2  # only before the activation
     return config.hidden * (count * case.width + (_mask(case) if config.dropout else 0))
 
 

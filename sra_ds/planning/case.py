@@ -21,6 +21,8 @@ class Case(NamedTuple):
     device: str = "cuda"
     """"cpu" has no fused attention with dropout, keeps dropout masks as numbers, has pages only for what
     is written, and gloo, which reduces copies."""
+    compiled: bool = False
+    """Whether cosine routing and experts without dropout run in the compiled kernels, which keep less."""
 
     @property
     def tokens(self) -> int:

@@ -92,7 +92,7 @@ def _memory(resolved: Resolved) -> dict[str, Any]:
     case = Case(
         recipe, read_shapes(recipe), layout, read_zero(resolved.ds_config),
         batches.micro_batch_size, batches.accumulation,
-        resolved.dtype.itemsize, resolved.device.type,
+        resolved.dtype.itemsize, resolved.device.type, resolved.device.type in extension().devices,
     )  # fmt: skip
     memory = estimate(case)
     return {**memory._asdict(), "total": memory.peak}

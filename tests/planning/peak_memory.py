@@ -14,7 +14,6 @@ import gc
 import json
 import os
 import platform
-import resource
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ import torch
 from commands import ROOT
 from distributed import cut, open_engine, run_ranks
 from sra_ds.config import Recipe, load_recipe
+from sra_ds.ops.extension import extension
 from sra_ds.planning.case import Case
 from sra_ds.planning.memory import Memory, estimate
 from sra_ds.planning.shapes import Layout, read_shapes
@@ -40,6 +40,7 @@ SWIGLU = ("model.channel.expert.kind=swiglu", "model.channel.expert.hidden=256")
 CODE_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1", "LRU_CACHE_CAPACITY": "1"}
 """oneDNN keeps compiled code for every shape it meets, hundreds of MB with experts in bf16."""
 M_MMAP_THRESHOLD, BLOCK, STEPS = -3, 64 * 1024, 3
+RESET_PEAK = "5"
 
 
 class Setting(NamedTuple):
@@ -87,9 +88,11 @@ class Setting(NamedTuple):
         layout = Layout(self.world, self.ep, marked=self.ep > 1)
         windows, accumulation = batches.micro_batch_size, batches.accumulation
         zero = read_zero(self.config())
-        return estimate(
-            Case(recipe, read_shapes(recipe), layout, zero, windows, accumulation, width, "cpu")
+        compiled = "cpu" in extension().devices
+        case = Case(
+            recipe, read_shapes(recipe), layout, zero, windows, accumulation, width, "cpu", compiled
         )
+        return estimate(case)
 
 
 CHARACTERS = {
@@ -115,9 +118,17 @@ def peak_bytes(setting: Setting, as_run: bool = False) -> int:
         return_freed_memory()
     train(setting, setting.tiny(), 1)
     gc.collect()
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    Path("/proc/self/clear_refs").write_text(RESET_PEAK)
+    before = resident("VmRSS")
     train(setting, setting.load(), STEPS)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return resident("VmHWM") - before
+
+
+def resident(what: str) -> int:
+    """Bytes of resident memory now (VmRSS) or at most (VmHWM). A process inherits the `ru_maxrss` of the
+    one that started it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(what))
 
 
 def return_freed_memory() -> None:
