@@ -17,6 +17,7 @@ run=${RUN:-runs/$(basename "$recipe" .yaml)}
 [[ ! -x $root/.venv/bin/deepspeed ]] || PATH=$root/.venv/bin:$PATH
 
 if compgen -G "$run/checkpoints/*/manifest.json" >/dev/null; then
+    echo "resuming $run with the recipe it began with" >&2
     start=(--resume --run "$run")
 else
     start=(--recipe "$recipe" --run "$run")

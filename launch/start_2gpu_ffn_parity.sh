@@ -30,6 +30,7 @@ for recipe in "${recipes[@]}"; do
     run=$runs/$(basename "$recipe" .yaml)
     directories+=("$run")
     if compgen -G "$run/checkpoints/*/manifest.json" >/dev/null; then
+        echo "resuming $run with the recipe it began with" >&2
         start=(--resume --run "$run")
     else
         start=(--recipe "$recipe" --run "$run")

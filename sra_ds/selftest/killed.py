@@ -16,30 +16,32 @@ from sra_ds.errors import TrainingError
 from sra_ds.storage.run_dir import RunDir
 from sra_ds.training.environment import free_port
 
-WORDS, DOCUMENTS, STEPS = 150, 120, 30
+WORDS, DOCUMENTS = 150, 120
+SAVED_EVERY, SAVES_PER_KILL, FEWEST_STEPS = 2, 4, 30
 RECIPE = (
     "data.source=text", "data.sequence_length=32", "data.tokenizer.vocab_size=512",
     "data.held_out=0.1", "model.width=32", "model.layers=2", "model.mixer.heads=2",
-    "model.channel.experts=8", "model.channel.expert.hidden=32", f"training.steps={STEPS}",
+    "model.channel.experts=8", "model.channel.expert.hidden=32",
     "training.batch_size=8", "training.precision=fp32", "evaluation.every=0",
-    "evaluation.legacy_sra=false", "checkpoint.every=2", "checkpoint.keep=2", "checkpoint.best=false",
-    "logging.every=1", "logging.sample_tokens=0",
+    "evaluation.legacy_sra=false", f"checkpoint.every={SAVED_EVERY}", "checkpoint.keep=2",
+    "checkpoint.best=false", "logging.every=1", "logging.sample_tokens=0",
 )  # fmt: skip
 
 
 def kill_and_resume(
-    script: Path, ds_config: Path, world: int, folder: Path, kills: int, extra: tuple[str, ...] = ()
+    script: Path, ds_config: Path, world: int, folder: Path, kills: int
 ) -> dict[str, Any]:
-    """Train undisturbed, then once more with `kills` SIGKILLs of all processes at random moments between
-    the first checkpoint and the end; compare the losses of every step.
+    """Train undisturbed, then once more with `kills` SIGKILLs of all processes at random moments of
+    training and saving; compare the losses of every step.
 
-    Raises `TrainingError` if a resumed run cannot go on or ends elsewhere.
+    Raises `TrainingError` if a resumed run cannot go on, ends by itself or ends elsewhere.
     """
+    steps = max(FEWEST_STEPS, 4 * SAVED_EVERY * SAVES_PER_KILL * kills)
     text = _write_text(folder / "text.jsonl")
     data = [f"data.train=[{text}]", f"data.directory={folder / 'data'}"]
     command = [str(script), "--deepspeed", str(ds_config)]
     undisturbed, killed = RunDir(folder / "undisturbed"), RunDir(folder / "killed")
-    fresh = [*command, "--recipe", "quickstart", *RECIPE, *data, *extra]
+    fresh = [*command, "--recipe", "quickstart", *RECIPE, *data, f"training.steps={steps}"]
     _finish(world, [*fresh, "--run", str(undisturbed.path)])
     moments, resumed_at = random.Random(0), []
     for number in tqdm(range(kills), "kills"):
@@ -58,19 +60,33 @@ def kill_and_resume(
 def _kill_after_checkpoint(
     world: int, command: list[str], run: RunDir, moments: random.Random
 ) -> int:
-    """Start, wait for a checkpoint newer than those there, kill within the time of about two more; the
-    step of the newest checkpoint then."""
-    before = _newest(run)
+    """Start, wait for some checkpoints more, kill within the time of about one; the step of the newest
+    checkpoint then."""
+    wanted = _newest(run) + SAVED_EVERY * moments.randint(1, SAVES_PER_KILL)
     process = _start(world, command)
-    started = time.monotonic()
-    while _newest(run) <= before and process.poll() is None:
+    started = seen = time.monotonic()
+    step, between = _newest(run), 0.0
+    while step < wanted:
+        _require_alive(process, command)
         if time.monotonic() - started > 300:
-            raise TrainingError(f"{run.path}: no checkpoint within 300 s")
-        time.sleep(0.01)
-    time.sleep(moments.uniform(0.0, 0.6))
+            raise TrainingError(f"{run.path}: no checkpoint of step {wanted} within 300 s")
+        time.sleep(0.002)
+        if _newest(run) > step:
+            step, between, seen = _newest(run), time.monotonic() - seen, time.monotonic()
+    time.sleep(moments.uniform(0.0, min(between, 0.5)))
+    _require_alive(process, command)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     return _newest(run)
+
+
+def _require_alive(process: "subprocess.Popen[str]", command: list[str]) -> None:
+    if process.poll() is not None:
+        _, errors = process.communicate()
+        last = (errors or "").strip().splitlines()[-1:]
+        raise TrainingError(
+            f"{' '.join(command)} ended with {process.returncode} before it was killed: {last}"
+        )
 
 
 def _finish(world: int, command: list[str]) -> None:

@@ -5,7 +5,8 @@
 A case trains three steps of SGD with momentum (Adam hides gradients of the wrong size) on its share of
 the batch and compares losses and whole weights with the same steps of plain torch on the whole batch. It
 saves, takes a fourth step in which the bytes sent are counted and compared with those planned, and takes
-it again from the checkpoint of the case before it, which another layout wrote.
+it and a fifth from the checkpoint of the case before it, which another layout wrote. The fifth step's
+loss shows whether the optimizer's state arrived.
 """
 
 import gc
@@ -48,7 +49,7 @@ from sra_ds.training.environment import (
 from sra_ds.training.processes import finish_processes, start_processes
 from sra_ds.training.step import step_loss
 
-STEPS = 3
+STEPS, RESUMED = 3, 2
 LOSS_TOLERANCE, UPDATE_TOLERANCE = 1e-5, 1e-3
 RECIPE = (
     "data.sequence_length=32", "data.tokenizer.vocab_size=512", "model.width=32", "model.layers=2",
@@ -134,8 +135,10 @@ def _run_case(case: Case, reference: Reference, after: Path, before: Path) -> di
     sent = _sent_by_all(counter)
     _discard(engine)
     engine = _engine(case, before)
-    resumed = abs(_step(engine, STEPS) - reference.losses[STEPS])
+    after_checkpoint = [_step(engine, step) for step in range(STEPS, STEPS + RESUMED)]
     _discard(engine)
+    pairs = zip(after_checkpoint, reference.losses[STEPS:], strict=True)
+    resumed = max(abs(a - b) for a, b in pairs)
     wrong = max(abs(a - b) for a, b in zip(losses, reference.losses, strict=False))
     found = {
         "loss_difference": wrong,
@@ -161,14 +164,14 @@ def _plain_torch(recipe: Recipe) -> Reference:
     optimizer = build_optimizer(model, recipe)
     before = {n: p.detach().flatten().cpu().clone() for n, p in model.named_parameters()}
     losses, after = [], before
-    for step in range(STEPS + 1):
+    for step in range(STEPS + RESUMED):
         batch = random_batch(recipe, recipe.training.batch_size, step).to(device)
         loss = step_loss(model(*batch), recipe.losses).total
         optimizer.zero_grad()
         loss.backward()
         losses.append(loss.item())
+        optimizer.step()
         if step < STEPS:
-            optimizer.step()
             after = {n: p.detach().flatten().cpu().clone() for n, p in model.named_parameters()}
     return Reference(losses, before, after)
 

@@ -4,6 +4,7 @@ A key of the recipe may be absent or "auto" in the JSON; with another value than
 `ConfigError` that names both places.
 """
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,18 @@ RECIPE_ONLY = {
     "activation_checkpointing": "training.activation_checkpointing",
 }
 
+OWNED = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+    "gradient_clipping", "bf16",
+)  # fmt: skip
+PASSED_ON = (
+    "zero_optimization", "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
+    "disable_allgather", "use_data_before_expert_parallelism", "aio", "comms_logger", "flops_profiler",
+    "wall_clock_breakdown", "memory_breakdown", "dump_state", "steps_per_print", "log_level",
+    "tensorboard", "csv_monitor",
+)  # fmt: skip
+"""Keys DeepSpeed gets as they are. It ignores what it does not know, so all others are refused."""
+
 
 class BatchPlan(NamedTuple):
     """batch_size = micro_batch_size * accumulation * world_size, in windows."""
@@ -45,8 +58,10 @@ def plan_batches(recipe: Recipe, world_size: int) -> BatchPlan:
     divide."""
     total = recipe.training.batch_size
     if total % world_size:
+        near = -(-total // world_size) * world_size
         raise ConfigError(
-            f"training.batch_size={total} is not divisible by the {world_size} processes"
+            f"training.batch_size={total} is not divisible by the {world_size} processes; add "
+            f"training.batch_size={near}"
         )
     micro = recipe.training.micro_batch_size or total // world_size
     if total % (micro * world_size):
@@ -82,9 +97,7 @@ def merge_ds_config(
     ds_config: dict[str, Any], recipe: Recipe, batches: BatchPlan, dtype: torch.dtype, where: str
 ) -> dict[str, Any]:
     """The complete DeepSpeed configuration of a run."""
-    for key, owner in RECIPE_ONLY.items():
-        if key in ds_config:
-            raise ConfigError(f"{where}: {key!r} is set there; the recipe owns it ({owner})")
+    _require_known(ds_config, where)
     owned = {
         "train_batch_size": (batches.batch_size, "training.batch_size"),
         "train_micro_batch_size_per_gpu": (batches.micro_batch_size, "training.micro_batch_size"),
@@ -105,7 +118,8 @@ def merge_ds_config(
             raise ConfigError(f"{where}: {key}={given} contradicts the recipe's {owner}={value}")
         merged[key] = value
     for part in ("offload_optimizer", "offload_param"):
-        if ds_config.get("zero_optimization", {}).get(part, {}).get("device") == "nvme":
+        offload = ds_config.get("zero_optimization", {}).get(part)
+        if isinstance(offload, dict) and offload.get("device") == "nvme":
             raise ConfigError(
                 f"{where}: {part}.device=nvme keeps weights where checkpoints do not reach them; use cpu"
             )
@@ -115,9 +129,21 @@ def merge_ds_config(
             "stages 1-3; use ds_configs/zero1.json or training.precision=fp32"
         )
     return {
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
         **merged,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 2**31,
-        "wall_clock_breakdown": False,
     }
+
+
+def _require_known(ds_config: dict[str, Any], where: str) -> None:
+    for key in ds_config:
+        if key in RECIPE_ONLY:
+            raise ConfigError(
+                f"{where}: {key!r} is set there; the recipe owns it ({RECIPE_ONLY[key]})"
+            )
+        if key not in (*OWNED, *PASSED_ON):
+            near = difflib.get_close_matches(key, (*OWNED, *PASSED_ON), 1)
+            hint = f"; did you mean {near[0]!r}?" if near else "; leave it out"
+            raise ConfigError(f"{where}: {key!r} is not passed on to DeepSpeed{hint}")

@@ -9,11 +9,14 @@ from deepspeed.moe.utils import (
     split_params_into_different_moe_groups_for_optimizer,
     split_params_into_shared_and_expert_params,
 )
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import safe_set_full_fp32_param
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from sra_ds.config import Recipe
 from sra_ds.config.training import AdamWConfig
+from sra_ds.errors import ConfigError
 from sra_ds.model.language_model import LanguageModel
 
 NO_DECAY_SUFFIXES = ("bias", "anchors", "temperature")
@@ -48,15 +51,28 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
 
 
+def require_valid(ds_config: dict[str, Any], where: str) -> None:
+    """Raise `ConfigError` for what DeepSpeed will not take under `zero_optimization`."""
+    try:
+        DeepSpeedZeroConfig(**ds_config.get("zero_optimization", {}))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(["zero_optimization", *map(str, first["loc"])])
+        raise ConfigError(f"{where}: {key}: {first['msg']}") from None
+
+
 def build_engine(model: LanguageModel, recipe: Recipe, ds_config: dict[str, Any]) -> Any:
     """A `DeepSpeedEngine` around the model, at any ZeRO stage."""
     model.recompute = recipe.training.activation_checkpointing
     if recipe.training.compile:
         for block in model.blocks:
             block.compile()
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=build_optimizer(model, recipe), config=ds_config
-    )
+    optimizer = build_optimizer(model, recipe)
+    try:
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    except (AssertionError, NotImplementedError, ValueError, ZeroDivisionError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ConfigError(f"DeepSpeed refuses this configuration: {lines[0]}") from error
     for parameter in model.embedding.tied_parameters():  # type: ignore[operator]
         if hasattr(parameter, "ds_id"):  # ZeRO-3: the head reads the embedding's table
             deepspeed.zero.register_external_parameter(model.head, parameter)

@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import NoReturn
 
@@ -45,6 +46,8 @@ def prepare_process() -> None:
         # torchrun and the DeepSpeed launcher name it differently
         neighbours = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(neighbours)))
+    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 is about to drop
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
     keep_freed_memory()
     refuse_stale_build_locks()
 

@@ -48,7 +48,9 @@ def _check_sizes(recipe: Recipe, channel: MoEChannelConfig, world_size: int) -> 
     if channel.backend not in ("deepspeed", "auto"):
         raise ConfigError(f"{EP}={size} needs {BACKEND}=deepspeed, not {channel.backend}")
     if world_size % size:
-        raise ConfigError(f"{EP}={size} does not divide the {world_size} process(es)")
+        raise ConfigError(
+            f"{EP}={size} does not divide the {world_size} process(es); start {size}, or add {EP}=1"
+        )
     if channel.experts % size:
         raise ConfigError(f"{EP}={size} does not divide model.channel.experts={channel.experts}")
 

@@ -26,6 +26,7 @@ from sra_ds.training.ds_config import (
     read_ds_config,
     zero_stage,
 )
+from sra_ds.training.engine import require_valid
 from sra_ds.training.logging import require_wandb
 from sra_ds.training.placement import choose_placement, require_backend
 
@@ -53,6 +54,7 @@ def resolve(recipe: Recipe, ds_path: Path) -> Resolved:
     dtype, dtype_reason = environment.choose_precision(recipe.training.precision, device)
     batches = plan_batches(recipe, environment.world_size())
     ds_config = merge_ds_config(read_ds_config(ds_path), recipe, batches, dtype, str(ds_path))
+    require_valid(ds_config, str(ds_path))
     world_size, rank = environment.world_size(), environment.rank()
     placement = choose_placement(recipe, ds_config, str(ds_path), world_size, rank)
     require_backend(placement, device)

@@ -46,12 +46,41 @@ def test_clipping_is_written_even_when_it_is_off(recipe):
         ({"optimizer": {"type": "Adam"}}, "training.optimizer"),
         ({"scheduler": {"type": "WarmupLR"}}, "training.schedule"),
         ({"fp16": {"enabled": True}}, "training.precision"),
+        ({"zero_optimizaton": {"stage": 2}}, "'zero_optimization'"),
+        ({"elasticity": {}}, "leave it out"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "use cpu"),
+        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "use cpu"),
     ],
 )
 def test_a_contradiction_names_both_places(recipe, extra, named):
     with pytest.raises(ConfigError) as caught:
         merged(recipe, extra)
     assert "my.json" in str(caught.value) and named in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("zero", "named"),
+    [
+        ({"stage": 2, "bukcet": 5}, "zero_optimization.bukcet"),
+        ({"stage": 2, "reduce_bucket_size": -5}, "zero_optimization.reduce_bucket_size"),
+        ({"stage": 2, "reduce_bucket_size": "big"}, "zero_optimization.reduce_bucket_size"),
+        (
+            {"stage": 3, "offload_param": {"device": "gpu"}},
+            "zero_optimization.offload_param.device",
+        ),
+        ({"stage": 2, "offload_optimizer": "cpu"}, "zero_optimization.offload_optimizer"),
+    ],
+)
+def test_what_deepspeed_will_not_take_is_named(recipe, zero, named):
+    from sra_ds.training.engine import require_valid
+
+    config = merged(recipe, {"zero_optimization": zero})
+    with pytest.raises(ConfigError) as caught:
+        require_valid(config, "my.json")
+    assert "my.json" in str(caught.value) and named in str(caught.value)
+    require_valid(
+        merged(recipe, {"zero_optimization": {"stage": 2, "offload_optimizer": None}}), ""
+    )
 
 
 def test_auto_and_equal_values_are_no_contradiction(recipe):

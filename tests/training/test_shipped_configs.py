@@ -15,6 +15,9 @@ def steps_of_all() -> dict[str, list[tuple[float, float]]]:
     recipe = recipe_of(2)
     for name in SHIPPED:
         engine = open_engine(recipe, config_of(0, name))
+        if name.startswith("zero3"):  # before a forward pass could find out
+            registered = engine.module.head._external_params.values()
+            assert any(p is engine.module.embedding.weight for p in registered)
         found[name] = [engine_step(engine, recipe, number) for number in range(STEPS)]
         engine.destroy()
     return found
