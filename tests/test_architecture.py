@@ -36,6 +36,7 @@ OWNERS = {
         "training/engine.py",
         "training/processes.py",
         "training/prebuild.py",
+        "training/kernel_bench.py",
         "moe/backends/deepspeed.py",
         "moe/deepspeed_gate.py",
     },

@@ -4,6 +4,8 @@ step      step time of a recipe over its dense twin, and of the DeepSpeed engine
 backends  a recipe with every backend installed here, and its dense twin: time, MFU, GPU memory
 scaling   throughput of two processes over one, one thread and the same batch each
 memory    peak memory of one training step, in plain torch and at ZeRO-2, each in a fresh process
+router    the compiled routing operator against the usual chain of torch calls; router-grid: all sizes
+experts   the compiled experts against grouped products, a loop, AutoEP and one large product
 """
 
 import argparse
@@ -19,21 +21,18 @@ from sra_ds.training.environment import prepare_process
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("0", "1", "2", "3")
+KERNELS = ("router", "router-grid", "experts")
 
 
 def main() -> int:
     """Parse and run."""
     parser = cli.parser(__doc__ or "")
-    parser.add_argument("what", choices=("step", "backends", "scaling", "memory"))
+    parser.add_argument("what", choices=("step", "backends", "scaling", "memory", *KERNELS))
     parser.add_argument("--recipes", nargs="+", help="the recipe, then its dense twin")
     parser.add_argument("--batch", type=cli.at_least(1), help="windows a step, for backends")
-    parser.add_argument(
-        "--stages", nargs="*", choices=STAGES, default=STAGES[:3], help="ZeRO stages for step"
-    )
+    parser.add_argument("--stages", nargs="*", choices=STAGES, default=STAGES[:3], help="for step")
     parser.add_argument("--rounds", type=cli.at_least(1), default=7)
-    parser.add_argument(
-        "--micro-batch", type=cli.at_least(1), default=2, help="windows, for memory"
-    )
+    parser.add_argument("--micro-batch", type=cli.at_least(1), default=2, help="for memory")
     parser.add_argument("--one", choices=("torch", *STAGES), help=argparse.SUPPRESS)
     return cli.run(parser.parse_args(), command, cli.show_tree)
 
@@ -42,8 +41,11 @@ def command(arguments: argparse.Namespace) -> dict[str, Any]:
     """Dispatch to the measurement."""
     prepare_process()
     from sra_ds.training import bench  # DeepSpeed reads the environment when it is imported
+    from sra_ds.training.kernel_bench import bench_kernels
     from sra_ds.training.scaling import bench_scaling
 
+    if arguments.what in KERNELS:
+        return bench_kernels(arguments.what, arguments.rounds)
     whole = ["training.precision=fp32", "training.micro_batch_size=0"]
     if arguments.what == "step":
         recipes = [load_recipe(n, whole) for n in arguments.recipes or ["sra-small", "dense-small"]]
@@ -55,8 +57,8 @@ def command(arguments: argparse.Namespace) -> dict[str, Any]:
         recipe, dense = (load_recipe(name, [*whole[1:], *batch]) for name in names[:2])
         return bench.bench_backends(recipe, dense, ds_config("2"), arguments.rounds)
     if arguments.what == "scaling":
-        names = arguments.recipes or ["sra-small"]
-        return bench_scaling(load_recipe(names[0], whole), ds_config("2"), arguments.rounds)
+        name = (arguments.recipes or ["sra-small"])[0]
+        return bench_scaling(load_recipe(name, whole), ds_config("2"), arguments.rounds)
     name = (arguments.recipes or ["sra-128e"])[0]
     size = f"training.batch_size={arguments.micro_batch}"
     if arguments.one:
