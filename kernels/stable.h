@@ -45,14 +45,6 @@ inline Tensor detached(const Tensor& tensor) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// out = left @ right, matrices of one type.
-inline void multiply(const Tensor& left, const Tensor& right, const Tensor& out) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(left), torch::stable::detail::from(right),
-                                    torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // owned by whoever called
-}
-
 inline Tensor rows(const Tensor& tensor, int64_t first, int64_t last) {
   Tensor whole = tensor;
   return torch::stable::narrow(whole, 0, first, last - first);

@@ -2,11 +2,13 @@
 // tokens are kept per chunk of rows and added in order, so they do not depend on the number of threads.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <tuple>
 
 #include "../stable.h"
 #include "cosine_route.h"
 #include "number_of.h"
+#include "product.h"
 
 namespace sra::cpu {
 namespace {
@@ -98,7 +100,8 @@ Routed cosine_route(const Tensor& x, const Tensor& anchors, const Tensor& temper
     const Tensor wide = narrow ? empty(dots, {last - first, D}) : rows(x_plain, first, last);
     inverse_norms(row_of(x, first), number, last - first, D, kNormEps, data<float>(inverse_x) + first,
                   narrow ? data<float>(wide) : nullptr);
-    multiply(wide, anchors_DE, rows(dots, first, last));
+    const Tensor part = product(wide, anchors_DE);
+    std::memcpy(data<float>(dots) + first * E, part.data_ptr(), (last - first) * E * sizeof(float));
     route_rows(scores, selection, first, last, data<float>(gates), data<int64_t>(ids), data<float>(lse),
                &loads[c * E], &probs[c * E]);
   });
@@ -123,7 +126,7 @@ Gradients cosine_route_backward(const Tensor& grad_gates, const Tensor& grad_mea
   const int64_t T = x.size(0), D = x.size(1), E = anchors.size(0);
   const Number number = number_of(x);
   const bool short_products = number == Number::kBFloat16 && number_of(anchors) == number;
-  const Number product = short_products ? number : Number::kFloat;
+  const Number result = short_products ? number : Number::kFloat;
   const ScalarType type = short_products ? ScalarType::BFloat16 : ScalarType::Float;
   const Tensor factor_ED = detached(short_products ? anchors : to_float(anchors));
   const Tensor factor_TD = detached(short_products ? x : to_float(x));
@@ -141,16 +144,15 @@ Gradients cosine_route_backward(const Tensor& grad_gates, const Tensor& grad_mea
   std::vector<float> parts(chunks.count * E, 0.0f);
   chunks.each([&](int64_t c, int64_t first, int64_t last) {
     route_rows_backward(scores, upstream, valid_T, data<int64_t>(ids), data<float>(lse), first, last,
-                        grad_dots.data_ptr(), product, along_x.data(), &parts[c * E]);
-    const Tensor through_dots = empty(dots, {last - first, D}, type);
-    multiply(rows(grad_dots, first, last), factor_ED, through_dots);
-    subtract_along(through_dots.data_ptr(), product, row_of(x, first), number, &along_x[first], last - first,
+                        grad_dots.data_ptr(), result, along_x.data(), &parts[c * E]);
+    const Tensor through_dots = product(rows(grad_dots, first, last), factor_ED);
+    subtract_along(through_dots.data_ptr(), result, row_of(x, first), number, &along_x[first], last - first,
                    D, const_cast<void*>(row_of(grad_x, first)));
   });
   const std::vector<float> cosines = chunks.sum(parts, E);
 
-  Tensor through_dots = empty(dots, {E, D}, type), grad_anchors = stable::empty_like(anchors);
-  multiply(stable::transpose(grad_dots, 0, 1), factor_TD, through_dots);
+  const Tensor through_dots = product(stable::transpose(grad_dots, 0, 1), factor_TD);
+  Tensor grad_anchors = stable::empty_like(anchors);
   Tensor grad_temperature = zeros(temperature, {temperature.size(0)});
   std::vector<float> along_a(E);
   for (int64_t e = 0; e < E; ++e) {
@@ -159,7 +161,7 @@ Gradients cosine_route_backward(const Tensor& grad_gates, const Tensor& grad_mea
     along_a[e] = inverse < scores.largest_inverse ? cosines[e] * scale[e] * inverse * inverse : 0.0f;
     data<float>(grad_temperature)[entry] += cosines[e] * static_cast<float>((tau > 0) - (tau < 0));
   }
-  subtract_along(through_dots.data_ptr(), product, anchors.data_ptr(), number_of(anchors), along_a.data(), E, D,
+  subtract_along(through_dots.data_ptr(), result, anchors.data_ptr(), number_of(anchors), along_a.data(), E, D,
                  grad_anchors.data_ptr());
   return {grad_x, grad_anchors, grad_temperature};
 }

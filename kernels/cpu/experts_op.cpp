@@ -1,8 +1,5 @@
 // Feed-forward networks of all experts on the CPU: experts in parallel, the fullest first, each expert's
-// products on one thread while its rows are in the cache. Weight gradients are written once, in place.
-//
-// oneDNN compiles a bf16 product for every number of rows it meets, so groups of short numbers are padded
-// with zeros to a multiple of 8 rows; float32 products take any number.
+// products on one thread while its rows are in the cache. Groups may be padded with rows of zeros.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -12,6 +9,7 @@
 #include "../stable.h"
 #include "experts.h"
 #include "number_of.h"
+#include "product.h"
 
 namespace sra::cpu {
 namespace {
@@ -29,18 +27,15 @@ class Groups {
 
   int64_t start(int64_t e) const { return e == 0 ? 0 : end_[e - 1]; }
   int64_t count(int64_t e) const { return end_[e] - start(e); }
-  int64_t fullest() const { return experts_ == 0 ? 0 : count(order_[0]); }
 
-  // body(scratch, expert) for every expert, by as many threads as there are, each with its own scratch.
-  template <class Scratch, class Body>
-  void each(const Scratch& make_scratch, const Body& body) const {
+  // body(expert) for every expert, by as many threads as there are.
+  template <class Body>
+  void each(const Body& body) const {
     std::atomic<int64_t> next{0};
     const int64_t threads = std::min<int64_t>(stable::get_num_threads(), experts_);
     stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t thread = begin; thread < end; ++thread) {
-        auto scratch = make_scratch();
-        for (int64_t i = next++; i < experts_; i = next++) body(scratch, order_[i]);
-      }
+      for (int64_t thread = begin; thread < end; ++thread)
+        for (int64_t i = next++; i < experts_; i = next++) body(order_[i]);
     });
   }
 
@@ -61,38 +56,26 @@ Tensor expert_of(const Tensor& stacked, int64_t e) {
 
 Tensor transposed(const Tensor& matrix) { return stable::transpose(matrix, 0, 1); }
 
-int64_t padded(int64_t rows, Number number) { return number == Number::kFloat ? rows : (rows + 7) / 8 * 8; }
-
 // A group's rows of a matrix: where they are, or copied in front of zeros.
-class Rows {
- public:
-  Rows(const Tensor& like, int64_t most, int64_t width) : buffer_(empty(like, {most, width}, like.scalar_type())) {}
+Tensor padded(const Tensor& matrix, int64_t first, int64_t count, int64_t total) {
+  if (total == count) return rows(matrix, first, first + count);
+  Tensor copy = empty(matrix, {total, matrix.size(1)}, matrix.scalar_type());
+  const int64_t row_bytes = matrix.size(1) * matrix.element_size();
+  std::memcpy(copy.data_ptr(), row_of(matrix, first), count * row_bytes);
+  std::memset(row_of(copy, count), 0, (total - count) * row_bytes);
+  return copy;
+}
 
-  // At least `count` rows of `source` from `first` on, `total` in all.
-  Tensor read(const Tensor& source, int64_t first, int64_t count, int64_t total) const {
-    if (total == count) return rows(source, first, first + count);
-    const int64_t bytes = source.size(1) * source.element_size();
-    std::memcpy(buffer_.data_ptr(), row_of(source, first), count * bytes);
-    std::memset(row_of(buffer_, count), 0, (total - count) * bytes);
-    return first_rows(total);
-  }
+// The first rows of `part` become rows of `whole` from `first` on.
+void keep(const Tensor& part, const Tensor& whole, int64_t first, int64_t count) {
+  std::memcpy(row_of(whole, first), part.data_ptr(), count * whole.size(1) * whole.element_size());
+}
 
-  // A place for `total` rows of which `count` will be kept in `target` from `first` on.
-  Tensor place(const Tensor& target, int64_t first, int64_t count, int64_t total) const {
-    return total == count ? rows(target, first, first + count) : first_rows(total);
-  }
-
-  // What was written to that place arrives in `target`.
-  void keep(const Tensor& target, int64_t first, int64_t count, int64_t total) const {
-    if (total != count)
-      std::memcpy(row_of(target, first), buffer_.data_ptr(), count * target.size(1) * target.element_size());
-  }
-
-  Tensor first_rows(int64_t count) const { return rows(buffer_, 0, count); }
-
- private:
-  Tensor buffer_;
-};
+// `matrix` becomes expert e's.
+void keep_expert(const Tensor& matrix, const Tensor& stacked, int64_t e) {
+  const int64_t bytes = matrix.size(0) * matrix.size(1) * matrix.element_size();
+  std::memcpy(static_cast<char*>(stacked.data_ptr()) + e * bytes, matrix.data_ptr(), bytes);
+}
 
 OptionalTensor plain(const OptionalTensor& tensor) {
   return tensor.has_value() ? OptionalTensor(detached(*tensor)) : std::nullopt;
@@ -132,33 +115,20 @@ Outputs feed_forward(const Tensor& x_history, const OptionalTensor& gate_history
   Tensor gate = empty(x, {gated ? R : 0, F}, x.scalar_type());
 
   const Groups groups(offsets);
-  const int64_t most = padded(groups.fullest(), number);
-  struct Scratch {
-    Rows in, gate, up, active, out;
-  };
-  const auto scratch = [&] {
-    const int64_t copied = number == Number::kFloat ? 0 : most;
-    return Scratch{Rows(x, copied, D), Rows(x, gated ? copied : 0, F), Rows(x, copied, F), Rows(x, most, F),
-                   Rows(x, copied, D)};
-  };
-  groups.each(scratch, [&](const Scratch& own, int64_t e) {
-    const int64_t first = groups.start(e), count = groups.count(e), total = padded(count, number);
+  groups.each([&](int64_t e) {
+    const int64_t first = groups.start(e), count = groups.count(e), total = padded_rows(count, x.scalar_type());
     if (count == 0) return;
-    const Tensor in = own.in.read(x, first, count, total), ups = own.up.place(up, first, count, total);
+    const Tensor in = padded(x, first, count, total), ups = product(in, expert_of(up_weight, e));
     Hidden hidden{nullptr, ups.data_ptr(), F};
-    multiply(in, expert_of(up_weight, e), ups);
-    if (gated) {
-      const Tensor gates = own.gate.place(gate, first, count, total);
-      multiply(in, expert_of(*gate_weight, e), gates);
-      hidden.gate = gates.data_ptr();
-    }
-    const Tensor active = own.active.first_rows(total), out = own.out.place(y, first, count, total);
+    Tensor gates = gated ? product(in, expert_of(*gate_weight, e)) : ups;
+    if (gated) hidden.gate = gates.data_ptr();
+    const Tensor active = empty(x, {total, F}, x.scalar_type());
     activate(number, hidden, bias_of(up_bias, e), total, active.data_ptr());
-    multiply(active, expert_of(down_weight, e), out);
-    own.up.keep(up, first, count, total);
-    if (gated) own.gate.keep(gate, first, count, total);
-    own.out.keep(y, first, count, total);
-    if (down_bias.has_value()) add_bias(number, bias_of(down_bias, e), count, D, row_of(y, first));
+    keep(ups, up, first, count);
+    if (gated) keep(gates, gate, first, count);
+    const Tensor out = product(active, expert_of(down_weight, e));
+    if (down_bias.has_value()) add_bias(number, bias_of(down_bias, e), count, D, out.data_ptr());
+    keep(out, y, first, count);
   });
   return {y, gate, up};
 }
@@ -183,45 +153,29 @@ Gradients feed_forward_backward(const Tensor& grad_history, const Tensor& x_hist
   Tensor grad_up_bias = empty(x, {biased ? E : 0, F}, type), grad_down_bias = empty(x, {biased ? E : 0, D}, type);
 
   const Groups groups(offsets);
-  const int64_t most = padded(groups.fullest(), number);
-  struct Scratch {
-    Rows in, upstream, gate, up, active, grad_gate, grad_up, out, through_gate;
-  };
-  const auto scratch = [&] {
-    const int64_t copied = number == Number::kFloat ? 0 : most;
-    return Scratch{Rows(x, copied, D),           Rows(x, copied, D),        Rows(x, gated ? copied : 0, F),
-                   Rows(x, copied, F),           Rows(x, most, F),          Rows(x, gated ? most : 0, F),
-                   Rows(x, most, F),             Rows(x, copied, D),        Rows(x, gated ? most : 0, D)};
-  };
-  groups.each(scratch, [&](const Scratch& own, int64_t e) {
-    const int64_t first = groups.start(e), count = groups.count(e), total = padded(count, number);
-    const Tensor in = own.in.read(x, first, count, total);
-    const Tensor upstream = own.upstream.read(grad_y, first, count, total);
-    const Tensor active = own.active.first_rows(total), grad_up = own.grad_up.first_rows(total);
-    Hidden hidden{nullptr, own.up.read(up, first, count, total).data_ptr(), F};
-    Hidden grad{nullptr, grad_up.data_ptr(), F};
-    if (gated) {
-      hidden.gate = own.gate.read(gate, first, count, total).data_ptr();
-      grad.gate = own.grad_gate.first_rows(total).data_ptr();
-    }
-    multiply(upstream, transposed(expert_of(down_weight, e)), grad_up);  // of active, for now
+  groups.each([&](int64_t e) {
+    const int64_t first = groups.start(e), count = groups.count(e), total = padded_rows(count, type);
+    const Tensor in = padded(x, first, count, total), upstream = padded(grad_y, first, count, total);
+    const Tensor ups = padded(up, first, count, total), gates = gated ? padded(gate, first, count, total) : ups;
+    const Tensor active = empty(x, {total, F}, type), grad_gate = gated ? empty(x, {total, F}, type) : active;
+    const Tensor grad_up = product(upstream, transposed(expert_of(down_weight, e)));  // of active, for now
+    const Hidden hidden{gated ? gates.data_ptr() : nullptr, ups.data_ptr(), F};
+    const Hidden grad{gated ? grad_gate.data_ptr() : nullptr, grad_up.data_ptr(), F};
     activate_backward(number, hidden, grad_up.data_ptr(), total, active.data_ptr(), grad);
 
-    multiply(transposed(active), upstream, expert_of(grad_down_weight, e));
-    multiply(transposed(in), grad_up, expert_of(grad_up_weight, e));
+    keep_expert(product(transposed(active), upstream), grad_down_weight, e);
+    keep_expert(product(transposed(in), grad_up), grad_up_weight, e);
     if (biased) {
       sum_columns(number, grad_up.data_ptr(), total, F, row_of(grad_up_bias, e));
       sum_columns(number, upstream.data_ptr(), total, D, row_of(grad_down_bias, e));
     }
-    const Tensor out = own.out.place(grad_x, first, count, total);
-    multiply(grad_up, transposed(expert_of(up_weight, e)), out);
+    const Tensor out = product(grad_up, transposed(expert_of(up_weight, e)));
     if (gated) {
-      const Tensor grad_gate = own.grad_gate.first_rows(total), through = own.through_gate.first_rows(total);
-      multiply(transposed(in), grad_gate, expert_of(grad_gate_weight, e));
-      multiply(grad_gate, transposed(expert_of(*gate_weight, e)), through);
-      add_rows(number, through.data_ptr(), total * D, out.data_ptr());
+      keep_expert(product(transposed(in), grad_gate), grad_gate_weight, e);
+      const Tensor through_gate = product(grad_gate, transposed(expert_of(*gate_weight, e)));
+      add_rows(number, through_gate.data_ptr(), total * D, out.data_ptr());
     }
-    own.out.keep(grad_x, first, count, total);
+    keep(out, grad_x, first, count);
   });
   return {grad_x, grad_gate_weight, grad_up_weight, grad_up_bias, grad_down_weight, grad_down_bias};
 }

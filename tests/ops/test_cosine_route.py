@@ -49,9 +49,9 @@ def leaves(tensors: tuple[Tensor, ...], dtype: torch.dtype | None = None) -> lis
 
 
 def assert_near(found: Tensor, expected: Tensor, tolerance: float) -> None:
-    """By the size of what is expected: single entries may cancel."""
+    """By the size of what is expected; sums over all tokens may cancel to little."""
     size = float(expected.double().norm())
-    assert float((found.double() - expected.double()).norm()) <= tolerance * size + 1e-12
+    assert float((found.double() - expected.double()).norm()) <= tolerance * size + 1e-6
 
 
 def compare(tensors, top_k, gate, chosen_by, tolerance) -> None:
