@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from sra_ds.data.tokenizer import file_sha256
 from sra_ds.errors import CheckpointError
 from sra_ds.storage.fragments import Fragment, TensorFiles, write_fragments
-from sra_ds.storage.run_dir import read_json, write_atomically
+from sra_ds.storage.run_dir import read_json_object, write_atomically
 
 SCHEMA_VERSION = 2
 TRAINER, MANIFEST = "trainer.json", "manifest.json"
@@ -43,6 +43,14 @@ class Layout(NamedTuple):
     world_size: int = 1
     zero_stage: int = 0
     expert_parallel_size: int = 1
+
+
+class Chosen(NamedTuple):
+    """A checkpoint that was chosen, why, and what was wrong with those passed over for it."""
+
+    folder: Path
+    reason: str
+    passed_over: list[str]
 
 
 class Contents(NamedTuple):
@@ -152,31 +160,54 @@ def prune(checkpoints: Path, keep: int, newest: int) -> None:
 
 def numbered(checkpoints: Path) -> list[int]:
     """Steps of the checkpoint folders, rising."""
-    return sorted(int(path.name) for path in checkpoints.glob("*") if path.name.isdigit())
+    names = (path.name for path in checkpoints.glob("*"))
+    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint of this schema; raises `CheckpointError`."""
-    manifest: dict[str, Any] = read_json(folder / MANIFEST)
+    if os.path.isfile(folder):  # unlike Path.is_file never an OSError
+        raise CheckpointError(f"{folder} is neither a checkpoint's folder nor the name of one")
+    manifest: dict[str, Any] = read_json_object(folder / MANIFEST)
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise CheckpointError(
-            f"{folder}: schema version {manifest.get('schema_version')} is unknown"
+            f"{folder}: schema version {manifest.get('schema_version')!r} is unknown"
         )
+    files = manifest.get("files")
+    names = files.keys() if isinstance(files, dict) else set()
+    if TRAINER not in names or not any(_is_of(name, WEIGHTS) for name in names):
+        raise CheckpointError(f"{folder / MANIFEST} is damaged (it does not list the files)")
+    for name, entry in manifest["files"].items():
+        known = entry.keys() if isinstance(entry, dict) else set()
+        if Path(name).name != name or not known >= {"bytes", "sha256"}:
+            raise CheckpointError(f"{folder / MANIFEST} is damaged (at the file {name!r})")
     return manifest
+
+
+def read_trainer(folder: Path) -> dict[str, Any]:
+    """The trainer state of a checkpoint; raises `CheckpointError`."""
+    return read_json_object(folder / TRAINER)
 
 
 def verify(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Any]:
     """The manifest of a checkpoint whose every wanted file matches it; raises `CheckpointError`."""
     manifest = read_manifest(folder)
     for name, entry in manifest["files"].items():
-        path = folder / name
-        if not wanted(name):
-            continue
+        if wanted(name):
+            _verify_file(folder / name, entry)
+    if wanted(TRAINER):
+        read_trainer(folder)
+    return manifest
+
+
+def _verify_file(path: Path, entry: dict[str, Any]) -> None:
+    try:
         if not path.is_file():
             raise CheckpointError(f"{path} is missing")
         if path.stat().st_size != entry["bytes"] or file_sha256(path) != entry["sha256"]:
             raise CheckpointError(f"{path} is damaged (it differs from the manifest)")
-    return manifest
+    except OSError as error:
+        raise CheckpointError(f"{path} is not readable ({error.strerror})") from None
 
 
 def verify_together(folder: Path) -> None:
@@ -191,10 +222,16 @@ def verify_together(folder: Path) -> None:
 
 
 def candidates(checkpoints: Path) -> list[Path]:
-    """Folders to go on from: the one `latest` names, then from the newest to the oldest."""
+    """Folders to go on from: the one `latest` names, then from the newest to the oldest. An unreadable
+    `latest` comes first itself: it passes no check, which tells of it."""
     latest = checkpoints / "latest"
-    named = latest.read_text("utf-8").strip() if latest.is_file() else ""
     names = [str(step) for step in reversed(numbered(checkpoints))]
+    try:
+        named = latest.read_text("utf-8").strip()
+    except FileNotFoundError:
+        named = ""
+    except (OSError, UnicodeDecodeError):
+        return [latest, *(checkpoints / name for name in names)]
     if named in names:
         names = [named, *(name for name in names if name != named)]
     return [checkpoints / name for name in names]
@@ -219,28 +256,40 @@ def open_tensors(folder: Path, stem: str) -> TensorFiles:
     """The weights or the optimizer state of a checkpoint, not verified again."""
     names = [name for name in read_manifest(folder)["files"] if _is_of(name, stem)]
     if not names:
-        raise CheckpointError(f"{folder} holds no {stem} files")
+        remedy = (
+            "nothing resumes from it: start a new run from its weights with --init-from, or convert "
+            "the run it came from with --reshard instead of --consolidate"
+        )
+        raise CheckpointError(f"{folder} holds no {stem} files; {remedy}")
     return TensorFiles(folder / name for name in names)
 
 
 def open_weights(folder: Path) -> tuple[TensorFiles, dict[str, Any]]:
     """(weights, trainer state) of a checkpoint, whose files are verified first."""
     verify(folder, lambda name: _is_of(name, WEIGHTS) or name == TRAINER)
-    return open_tensors(folder, WEIGHTS), read_json(folder / TRAINER)
+    return open_tensors(folder, WEIGHTS), read_trainer(folder)
 
 
 def choose(checkpoints: Path, which: str = "best") -> Path:
-    """`best` if there is one, else the newest complete; or a step, or `latest`."""
+    """The folder of `find`."""
+    return find(checkpoints, which).folder
+
+
+def find(checkpoints: Path, which: str) -> Chosen:
+    """`best` if there is one, else the newest complete; or a step, or `latest`. Only the newest complete
+    is verified here."""
+    reason = "the newest complete"
     if which == "best":
         if (checkpoints / "best" / MANIFEST).is_file():
-            return checkpoints / "best"
-        which = "latest"
+            return Chosen(checkpoints / "best", "the best on validation", [])
+        which, reason = "latest", "the newest complete, as the run keeps no best"
     if which == "latest":
-        return first_complete(candidates(checkpoints))[0]
+        folder, problems = first_complete(candidates(checkpoints))
+        return Chosen(folder, reason, problems)
     if not (checkpoints / which / MANIFEST).is_file():
         steps = ", ".join(map(str, numbered(checkpoints))) or "none"
         raise CheckpointError(f"{checkpoints / which} does not exist; steps kept: {steps}")
-    return checkpoints / which
+    return Chosen(checkpoints / which, "the step asked for", [])
 
 
 def is_first() -> bool:

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -62,6 +62,16 @@ def write_fragments(path: Path, fragments: Mapping[str, Fragment]) -> None:
     path.chmod(0o644)  # readable by others, as every other file of a run
 
 
+def _range_of(given: Any, size: int) -> Range | None:
+    """The range of `size` elements that a header tells; None if it is impossible."""
+    match given:
+        case {"shape": [*shape], "start": int(start)}:
+            natural = all(isinstance(length, int) and length >= 0 for length in shape)
+            if natural and 0 <= start <= math.prod(shape) - size:
+                return Range(tuple(shape), start, start + size)
+    return None
+
+
 class TensorFiles:
     """Safetensors files that together hold whole tensors; a `CheckpointError` if they do not."""
 
@@ -73,13 +83,26 @@ class TensorFiles:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.paths[0].parent}: {error}") from None
         for number, file in enumerate(self._files):
-            parts = json.loads((file.metadata() or {}).get(HEADER, "{}"))
+            parts = self._header(number)
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 held = tuple(file.get_slice(name).get_shape())
-                given = parts.get(name, {"shape": held, "start": 0})
-                start = given["start"]
-                part = Range(tuple(given["shape"]), start, start + math.prod(held))
-                self._parts.setdefault(name, []).append((part, number))
+                part = _range_of(parts.get(name, {"shape": held, "start": 0}), math.prod(held))
+                others = self._parts.setdefault(name, [])
+                if part is None or (others and others[0][0].shape != part.shape):
+                    raise CheckpointError(
+                        f"{self.paths[number]} is damaged (what it holds of {name} fits no tensor)"
+                    )
+                others.append((part, number))
+
+    def _header(self, number: int) -> dict[str, Any]:
+        """Shape and start of the parts among a file's tensors."""
+        try:
+            parts = json.loads((self._files[number].metadata() or {}).get(HEADER, "{}"))
+        except ValueError:
+            parts = None
+        if not isinstance(parts, dict):
+            raise CheckpointError(f"{self.paths[number]} is damaged (its header tells no parts)")
+        return parts
 
     @property
     def names(self) -> list[str]:

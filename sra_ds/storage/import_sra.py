@@ -30,7 +30,7 @@ from sra_ds.model.language_model import build_model
 from sra_ds.storage import checkpoint
 from sra_ds.storage.checkpoint import WEIGHTS, Contents, Layout
 from sra_ds.storage.fragments import whole_tensor
-from sra_ds.storage.run_dir import RunDir, refuse_overwriting
+from sra_ds.storage.run_dir import RunDir, complete_or_absent, refuse_taken
 
 PREFIXES = ("module.", "_orig_mod.")
 RANDOM_STATE = (  # numpy's generator state, which the published trainer saves beside the weights
@@ -42,10 +42,12 @@ RANDOM_STATE = (  # numpy's generator state, which the published trainer saves b
 def import_sra(file: Path, recipe: Recipe, tokenizer: Path, out: RunDir) -> dict[str, Any]:
     """Write a run directory with the file's weights, which must fit the recipe exactly; returns where.
     Raises `CheckpointError` for a file of another kind or model."""
-    refuse_overwriting(out)
+    refuse_taken(out)
     load_tokenizer(tokenizer, recipe.data.tokenizer.vocab_size)
     found = _read(file)
-    step = int(found.get("global_step", 0))
+    step = found.get("global_step", 0)
+    if not isinstance(step, int | np.integer) or step < 0:
+        raise CheckpointError(f"{file}: global_step is {step!r}, not a number of steps")
     weights = rename(found["model_state_dict"], recipe.model.layers)
     model = build_model(recipe)
     own = model.state_dict()
@@ -57,15 +59,16 @@ def import_sra(file: Path, recipe: Recipe, tokenizer: Path, out: RunDir) -> dict
         raise CheckpointError(
             f"{file} does not fit recipe {recipe.name}: {wrong[0]} differs ({len(wrong)} in all)"
         )
-    out.write_start(recipe, {}, {"imported_from": file.name, "time": time.time()})
-    shutil.copyfile(tokenizer, out.tokenizer_file)
     channel = recipe.model.channel
     top_k = channel.top_k if isinstance(channel, MoEChannelConfig) else None
     tensors = {WEIGHTS: {name: whole_tensor(weights[name].float()) for name in own}}
-    folder = out.checkpoints / str(step)
-    checkpoint.save_parts(folder, [Contents(tensors, {"step": step, "top_k": top_k}, {})], Layout())
-    checkpoint.point_latest_at(folder)
-    return {"run": str(out.path), "step": step, "tensors": len(own)}
+    contents = Contents(tensors, {"step": int(step), "top_k": top_k}, {})
+    with complete_or_absent(out) as new:
+        new.write_start(recipe, {}, {"imported_from": file.name, "time": time.time()})
+        shutil.copyfile(tokenizer, new.tokenizer_file)
+        checkpoint.save_parts(new.checkpoints / str(step), [contents], Layout())
+        checkpoint.point_latest_at(new.checkpoints / str(step))
+    return {"run": str(out.path), "step": int(step), "tensors": len(own)}
 
 
 def rename(published: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
@@ -132,7 +135,7 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals(list(RANDOM_STATE)):
             found = torch.load(file, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError):
+    except (UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, IsADirectoryError):
         raise CheckpointError(
             f"{file} is not a torch file of tensors and plain values; nothing else is unpickled"
         ) from None

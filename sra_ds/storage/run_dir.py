@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,14 +47,13 @@ class RunDir:
 
     def environment(self) -> dict[str, Any]:
         """What `write_start` recorded of machine and corpus."""
-        found: dict[str, Any] = read_json(self.environment_file)
-        return found
+        return read_json_object(self.environment_file)
 
     def metrics(self) -> list[dict[str, Any]]:
         """All complete lines of `metrics.jsonl`; a line cut by a crash is left out."""
         lines = []
         if self.metrics_file.is_file():
-            for line in self.metrics_file.read_text("utf-8").splitlines():
+            for line in self.metrics_file.read_text("utf-8", "replace").splitlines():
                 try:
                     lines.append(json.loads(line))
                 except ValueError:
@@ -140,12 +140,67 @@ def refuse_overwriting(run: RunDir) -> None:
         raise ConfigError(f"{run.path} already holds a run; use --resume, or another --run")
 
 
+def refuse_taken(out: RunDir) -> None:
+    """A conversion writes where nothing is, or into an empty folder; raises `ConfigError`."""
+    empty = out.path.is_dir() and not any(out.path.iterdir())
+    if os.path.lexists(out.path) and not empty:
+        raise ConfigError(f"{out.path} exists already; choose another --out")
+
+
+@contextmanager
+def complete_or_absent(out: RunDir) -> Iterator[RunDir]:
+    """A run directory beside `out` to write into: it takes the name of `out` when all went well, and
+    is deleted when not. What a killed process left of one is deleted first. Raises `ConfigError` if
+    `out` is taken or another process writes it."""
+    refuse_taken(out)
+    final = out.path.resolve()
+    partial = final.with_name(f"{final.name}.partial")
+    mark = partial / "unfinished"
+    if partial.exists() and any(partial.iterdir()) and not mark.exists():
+        raise ConfigError(f"{partial} is in the way; move it, or choose another --out")
+    partial.mkdir(parents=True, exist_ok=True)
+    with mark.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{out.path}: another process is writing it; choose another --out"
+            ) from None
+        try:
+            _clear(partial, mark)
+            yield RunDir(partial)
+            refuse_taken(out)
+            partial.rename(final)
+            (final / mark.name).unlink()
+        finally:
+            if partial.exists():
+                _clear(partial, mark)
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def _clear(folder: Path, mark: Path) -> None:
+    """Delete all but the mark, which goes last: without it the folder would not be known as ours."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path != mark:
+            path.unlink()
+
+
 def read_json(path: Path) -> Any:
     """Parsed JSON; raises `CheckpointError` naming the file."""
     try:
         return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON object; raises `CheckpointError` naming the file."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} is damaged (it holds no JSON object)")
+    return found
 
 
 def write_atomically(path: Path, text: str) -> None:

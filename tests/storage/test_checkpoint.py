@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distributed import run_ranks
+from sra_ds.data.tokenizer import file_sha256
 from sra_ds.errors import CheckpointError
 from sra_ds.storage import checkpoint
 from sra_ds.storage.checkpoint import Contents, Layout, save_checkpoint, verify, verify_together
@@ -72,7 +73,9 @@ def test_no_optimizer_state_no_file(tmp_path: Path) -> None:
     del contents.tensors[checkpoint.OPTIMIZER]
     save_checkpoint(tmp_path / "best-3", contents, Layout())
     assert not list(tmp_path.glob("*/optimizer*"))
-    with pytest.raises(CheckpointError, match="holds no optimizer files"):
+    with pytest.raises(
+        CheckpointError, match=r"holds no optimizer files; .*--init-from.*--reshard"
+    ):
         checkpoint.open_tensors(tmp_path / "best-3", checkpoint.OPTIMIZER)
 
 
@@ -83,7 +86,27 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "flipped trainer": (lambda f: flip_last_byte(f / "trainer.json"), "is damaged"),
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "not readable as JSON"),
     "cut manifest": (lambda f: cut_last_byte(f / "manifest.json"), "not readable as JSON"),
-    "other schema": (lambda f: rewrite_schema(f / "manifest.json"), "schema version 1 is unknown"),
+    "other schema": (lambda f: edit(f, schema_version=1), "schema version 1 is unknown"),
+    "schema of two lines": (lambda f: edit(f, schema_version="1\n2"), "is unknown"),
+    "noise for a manifest": (lambda f: (f / "manifest.json").write_bytes(b"\xff\xfe"), "as JSON"),
+    "nested manifest": (lambda f: (f / "manifest.json").write_text("[" * 99_999), "as JSON"),
+    "manifest a list": (lambda f: (f / "manifest.json").write_text("[]"), "no JSON object"),
+    "manifest a folder": (lambda f: folder_for(f / "manifest.json"), "not readable as JSON"),
+    "no files listed": (lambda f: edit(f, files=None), "does not list the files"),
+    "files a list": (lambda f: edit(f, files=["trainer.json"]), "does not list the files"),
+    "trainer not listed": (lambda f: relist(f, "trainer.json", None), "does not list the files"),
+    "weights not listed": (lambda f: relist(f, "model.safetensors", None), "does not list the"),
+    "entry a number": (lambda f: relist(f, "trainer.json", 5), "at the file 'trainer.json'"),
+    "entry without hash": (lambda f: relist(f, "trainer.json", {"bytes": 5}), "at the file"),
+    "file elsewhere": (lambda f: relist(f, "../9/trainer.json", sized(24)), "at the file"),
+    "size a text": (lambda f: relist(f, "trainer.json", sized("24")), "trainer.json is damaged"),
+    "size negative": (lambda f: relist(f, "trainer.json", sized(-1)), "trainer.json is damaged"),
+    "name too long": (lambda f: relist(f, 300 * "x", sized(24)), "x is not readable"),
+    "garbage after trainer": (lambda f: add_garbage(f / "trainer.json"), "trainer.json is damaged"),
+    "trainer a list": (lambda f: rewrite(f, "trainer.json", b"[]"), "no JSON object"),
+    "trainer of noise": (lambda f: rewrite(f, "trainer.json", b"\xff\xfe"), "readable as JSON"),
+    "weights a folder": (lambda f: folder_for(f / "model.safetensors"), "is missing"),
+    "checkpoint a file": (lambda f: file_for(f), "neither a checkpoint's folder nor the name"),
 }
 
 
@@ -97,8 +120,41 @@ def cut_last_byte(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-def rewrite_schema(path: Path) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": 1}))
+def edit(folder: Path, **changes: Any) -> None:
+    """Other entries of the manifest; None takes one out."""
+    path = folder / "manifest.json"
+    manifest = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in manifest.items() if v is not None}))
+
+
+def relist(folder: Path, name: str, entry: Any) -> None:
+    """Another entry of a file in the manifest; None takes it out."""
+    files = {**json.loads((folder / "manifest.json").read_text())["files"], name: entry}
+    edit(folder, files={name: entry for name, entry in files.items() if entry is not None})
+
+
+def sized(size: Any) -> dict[str, Any]:
+    return {"bytes": size, "sha256": ""}
+
+
+def rewrite(folder: Path, name: str, data: bytes) -> None:
+    """Another content, which the manifest agrees with."""
+    (folder / name).write_bytes(data)
+    relist(folder, name, {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
+
+
+def add_garbage(path: Path) -> None:
+    path.write_text(path.read_text() + "garbage")
+
+
+def folder_for(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def file_for(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("")
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -115,6 +171,25 @@ def test_damage_is_found_and_the_one_before_is_taken(tmp_path: Path, damage: str
     folder, problems = checkpoint.first_complete(checkpoint.candidates(tmp_path))
     assert folder.name == "9" and problems == [str(caught.value)]
     assert torch.equal(weights(folder)["dense"], DENSE + 9)
+
+
+@pytest.mark.parametrize("damage", ["noise", "folder"])
+def test_an_unreadable_latest_is_named_and_the_newest_taken(tmp_path: Path, damage: str) -> None:
+    for step in (9, 10):
+        save_alone(tmp_path / str(step))
+    if damage == "noise":
+        (tmp_path / "latest").write_bytes(b"\xff\xfe")
+    else:
+        (tmp_path / "latest").mkdir()
+    folder, (problem,) = checkpoint.first_complete(checkpoint.candidates(tmp_path))
+    assert folder.name == "10" and str(tmp_path / "latest") in problem
+    assert checkpoint.find(tmp_path, "latest").passed_over == [problem]
+
+
+def test_folders_that_are_no_steps_are_left_alone(tmp_path: Path) -> None:
+    for name in ("3", "²", "٣", "3a", "-1"):
+        (tmp_path / name).mkdir()
+    assert checkpoint.numbered(tmp_path) == [3]
 
 
 def test_none_complete_says_why_each_is_not(tmp_path: Path) -> None:
@@ -194,6 +269,21 @@ def damaged(root: Path, rank: int, damage: Callable[[Path], Any]) -> tuple[str, 
     return before, after, [chosen.name, *problems]
 
 
+def unreadable(root: Path, rank: int) -> list[str]:
+    """The disk fails process 1 while it checks step 3; what first_complete passed over."""
+    for step in ("2", "3"):
+        save_together(root / step, rank)
+
+    def read(path: Path) -> str:
+        if rank == 1 and path.parent.name == "3":
+            raise OSError(5, "Input/output error")
+        return file_sha256(path)
+
+    with patch.object(checkpoint, "file_sha256", read):
+        chosen, problems = checkpoint.first_complete([root / "3", root / "2"], verify_together)
+    return [chosen.name, *problems]
+
+
 def unseen(root: Path, rank: int) -> str:
     """Process 1 looks into another folder, as on a machine without the shared disk."""
     save_together(root / "3", rank)
@@ -207,6 +297,7 @@ SCENES: dict[str, Callable[[Path, int], Any]] = {
     "rank 0 cannot finish": lambda f, r: write_fails(f, r, 0, "write_atomically"),
     "flipped": lambda f, r: damaged(f, r, flip_last_byte),
     "missing": lambda f, r: damaged(f, r, Path.unlink),
+    "unreadable": unreadable,
     "unseen": unseen,
 }
 
@@ -288,6 +379,12 @@ def test_what_one_process_finds_wrong_all_pass_over(played: Played, scene: str, 
             assert words in text and "model-00001-of-00002.safetensors" in text
     with pytest.raises(CheckpointError, match=words):
         verify(root / scene / "3")
+
+
+def test_what_one_process_cannot_read_all_pass_over(played: Played) -> None:
+    for found in played[1]:
+        chosen, problem = found["unreadable"]
+        assert chosen == "2" and "is not readable (Input/output error)" in problem
 
 
 def test_a_process_that_does_not_see_the_folder_fails_with_the_others(played: Played) -> None:

@@ -114,7 +114,36 @@ def test_reading_keeps_every_bit_and_takes_the_readers_dtype(tmp_path: Path) -> 
     assert halves[0] == 1 and halves[1].isnan()
 
 
-@pytest.mark.parametrize("damage", ["cut", "noise", "gone"])
+@pytest.mark.parametrize(
+    "header",
+    [
+        "no JSON",
+        "[]",
+        '{"w": 5}',
+        '{"w": {"shape": [9]}}',
+        '{"w": {"shape": 9, "start": 0}}',
+        '{"w": {"shape": ["9"], "start": 0}}',
+        '{"w": {"shape": [-3, -3], "start": 0}}',
+        '{"w": {"shape": [9], "start": -1}}',
+        '{"w": {"shape": [9], "start": 7}}',
+        '{"w": {"shape": [9], "start": 0.5}}',
+    ],
+)
+def test_an_impossible_range_is_an_error(tmp_path: Path, header: str) -> None:
+    path = tmp_path / "part.safetensors"
+    save_file({"w": torch.zeros(3)}, path, {"fragments": header})
+    with pytest.raises(CheckpointError, match=f"{path} is damaged"):
+        TensorFiles([path])
+
+
+def test_parts_of_different_tensors_are_an_error(tmp_path: Path) -> None:
+    for name, shape in {"a": (6,), "b": (2, 3)}.items():
+        write_fragments(tmp_path / f"{name}.safetensors", {"w": whole_tensor(torch.zeros(shape))})
+    with pytest.raises(CheckpointError, match=r"b\.safetensors is damaged .*of w"):
+        TensorFiles(tmp_path.glob("*"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "noise", "gone", "folder"])
 def test_an_unreadable_file_names_its_folder(tmp_path: Path, damage: str) -> None:
     write_parts(tmp_path, torch.zeros(100), [])
     path = next(tmp_path.glob("*"))
@@ -122,6 +151,9 @@ def test_an_unreadable_file_names_its_folder(tmp_path: Path, damage: str) -> Non
         path.write_bytes(path.read_bytes()[:-1])
     elif damage == "noise":
         path.write_bytes(b"\xff" * 64)
+    elif damage == "folder":
+        path = tmp_path / "w.safetensors"
+        path.mkdir()
     else:
         path = tmp_path / "never.safetensors"
     with pytest.raises(CheckpointError, match=str(tmp_path)):

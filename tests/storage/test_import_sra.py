@@ -174,7 +174,11 @@ class Harmful:
 def test_what_is_not_a_plain_checkpoint_of_this_model_is_refused(
     tokenizer: Path, tmp_path: Path
 ) -> None:
-    harmful, other, foreign = (tmp_path / f"{name}.pt" for name in ("harmful", "other", "foreign"))
+    names = ("harmful", "other", "foreign", "counted", "text", "folder")
+    harmful, other, foreign, counted, text, folder = (tmp_path / f"{name}.pt" for name in names)
+    torch.save({"model_state_dict": published_state("cosine"), "global_step": "41"}, counted)
+    text.write_text("hello")
+    folder.mkdir()
     torch.save({"model_state_dict": Harmful()}, harmful)
     torch.save({"weights": {}}, other)
     state = published_state("cosine")
@@ -183,9 +187,12 @@ def test_what_is_not_a_plain_checkpoint_of_this_model_is_refused(
         (harmful, "plain values"),
         (other, "no model_state_dict"),
         (foreign, "ln_f"),
+        (counted, "global_step is '41'"),
+        (text, "plain values"),
+        (folder, "plain values"),
     ):
         result = convert(file, tokenizer, tmp_path / "run")
         assert result.returncode == 2 and says in result.stderr, result.stderr
         assert "unpickled!" not in result.stdout + result.stderr
         assert len(result.stderr.strip().splitlines()) == 1
-        assert not (tmp_path / "run" / "checkpoints").exists()
+        assert not list(tmp_path.glob("run*"))
