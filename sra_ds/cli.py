@@ -43,10 +43,11 @@ def run(arguments: argparse.Namespace, command: Command, show: Callable[[Any], N
             raise
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
-        if arguments.debug or error.filename is None:
+    except OSError as error:
+        if arguments.debug or error.strerror is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -1,5 +1,6 @@
 """A trained run, opened for evaluation, generation or analysis: recipe, weights, tokenizer."""
 
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from sra_ds.config import Recipe
 from sra_ds.data.tokenizer import load_tokenizer
 from sra_ds.errors import CheckpointError
 from sra_ds.model.language_model import LanguageModel, build_model
-from sra_ds.storage.checkpoint import choose, open_weights
+from sra_ds.storage.checkpoint import find, open_weights
 from sra_ds.storage.held import held_ranges
 from sra_ds.storage.run_dir import RunDir, open_run
 
@@ -33,7 +34,9 @@ def load_run(path: Path, which: str = "best", device: str | torch.device = "cpu"
     """
     run = open_run(path)
     recipe = run.recipe()
-    folder = choose(run.checkpoints, which)
+    folder, _, passed_over = find(run.checkpoints, which)
+    for problem in passed_over:
+        print(f"passing over a broken checkpoint: {problem}", file=sys.stderr)
     model = build_model(recipe)
     trainer = load_weights_into(model, folder)
     for router in model.routers():
