@@ -14,10 +14,9 @@ from typing import Any
 from sra_ds import cli
 from sra_ds.analysis.plots import scaling_figure
 from sra_ds.config import load_recipe
-from sra_ds.planning.hardware import EFFICIENCY, choose_gpu, make_network, parse_memory
-from sra_ds.planning.plan import Request
+from sra_ds.errors import ConfigError
 from sra_ds.planning.report import make_plan
-from sra_ds.planning.step_time import make_machine
+from sra_ds.planning.request import Options, make_request
 from sra_ds.planning.study import study, study_table
 from sra_ds.planning.table import render
 from sra_ds.training.ds_config import read_ds_config
@@ -30,34 +29,35 @@ def main() -> int:
     """Parse and run."""
     parser = cli.parser(__doc__ or "")
     cli.add_recipe(parser)
-    parser.add_argument("--gpus", type=cli.at_least(1), default=1, help="of all nodes (1)")
-    parser.add_argument("--nodes", type=cli.at_least(1), default=1)
-    parser.add_argument("--gpu-memory", default="24GB", help="of one GPU, with unit (24GB)")
-    parser.add_argument("--gpu", help="A100 80GB, H100, ...; else the usual one of that memory")
-    parser.add_argument(
-        "--intra-node", type=cli.at_least(0.001), help="GB/s per GPU, one direction"
-    )
-    parser.add_argument("--inter-node", type=cli.at_least(0.001), help="GB/s per GPU (50)")
-    parser.add_argument("--efficiency", type=cli.at_least(0.001), default=EFFICIENCY)
-    parser.add_argument("--tokens", type=cli.at_least(1.0), help="budget; else the recipe's steps")
-    parser.add_argument("--price", type=cli.at_least(0.0), help="of one GPU for one hour")
-    parser.add_argument("--study", type=Path, help="folder: write the scaling study there instead")
+    parser.argument_default = argparse.SUPPRESS
+    add = parser.add_argument
+    add("--gpus", type=cli.at_least(1), help="of all nodes (1)")
+    add("--nodes", type=cli.at_least(1), help="(1)")
+    add("--gpu", help="A100 80GB, H100, ...; else the usual one of --gpu-memory")
+    add("--gpu-memory", help="of one GPU, with unit (that of --gpu, else 24GB)")
+    add("--host-memory", help="of one node, with unit (256GB per GPU)")
+    add("--intra-node", type=cli.at_least(0.001), help="GB/s per GPU, one direction")
+    add("--inter-node", type=cli.at_least(0.001), help="GB/s per GPU (50)")
+    add("--efficiency", type=cli.at_least(0.001), help="share of the peak FLOP/s (0.35)")
+    add("--tokens", type=cli.at_least(1.0), help="budget; else the recipe's steps")
+    add("--price", type=cli.at_least(0.0), help="of one GPU for one hour")
+    add("--study", type=Path, help="folder: write the scaling study there, and nothing else")
     return cli.run(parser.parse_intermixed_args(), command, show)
 
 
 def command(arguments: argparse.Namespace) -> dict[str, Any]:
     """Plan one recipe, or write the study."""
     configs = {path.name: read_ds_config(path) for path in sorted(CONFIGS.glob("*.json"))}
-    if arguments.study is not None:
+    given = {name: value for name, value in vars(arguments).items() if name in Options._fields}
+    if "study" in arguments:
+        if given or arguments.overrides or arguments.recipe != "quickstart":
+            raise ConfigError(
+                "--study has its own recipes and machines: leave out all other options"
+            )
         return write_study(arguments.study, configs)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    memory = parse_memory(arguments.gpu_memory)
-    gpu = choose_gpu(arguments.gpu, memory)
-    links = (arguments.intra_node, arguments.inter_node)
-    network = make_network(arguments.gpus, arguments.nodes, gpu, *links)
-    machine = make_machine(gpu, network, arguments.efficiency)
-    asked = (arguments.tokens, arguments.price, arguments.recipe, tuple(arguments.overrides))
-    return make_plan(Request(recipe, machine, memory, *asked), configs)
+    overrides = tuple(arguments.overrides)
+    return make_plan(make_request(recipe, Options(**given), arguments.recipe, overrides), configs)
 
 
 def write_study(folder: Path, configs: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def comparison_figure(rows: list[dict[str, Any]], path: Path) -> None:
 
 def scaling_figure(study: dict[str, Any], path: Path) -> None:
     """Tokens per second of `planning.study`: per GPU with the batch growing, in all with it fixed. A band
-    reaches from no overlap of communication to all of it."""
+    reaches from no overlap to all of it."""
     figure, (weak, strong) = plt.subplots(1, 2, figsize=(10.5, 4.0))
     for axes, kind, per_gpu in ((weak, "weak", True), (strong, "strong", False)):
         for name in dict.fromkeys(row["recipe"] for row in study[kind]):
@@ -128,6 +128,7 @@ def scaling_figure(study: dict[str, Any], path: Path) -> None:
             axes.fill_between(gpus, speeds[:, 1], speeds[:, 0], alpha=0.35, label=name)
             axes.plot(gpus, speeds[:, 1], marker=".")
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set_yscale("log")
         axes.set_xlabel("GPUs")
         axes.grid(alpha=0.3)
@@ -136,7 +137,8 @@ def scaling_figure(study: dict[str, Any], path: Path) -> None:
     strong.set_ylabel("tokens per second")
     strong.set_title("the recipe's own batch")
     strong.legend(loc="lower right")
-    figure.suptitle("calculated from data sheets, measured nowhere", fontsize=9)
+    note = "bands from nothing overlapping (line) to everything, which is more than can"
+    figure.suptitle(f"calculated from data sheets, measured nowhere; {note}", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=120, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)

@@ -4,6 +4,10 @@ As rings: copied on all n processes, the X numbers of all experts are all-reduce
 ep of them each copies X / ep over m = n / ep, 2 (X / ep) (m - 1) / m, and every token of a GPU's step
 sends 4 L K D (ep - 1) / ep numbers: to its experts and back, forwards and backwards. The first grows with
 the model, the second with the tokens; they are equal at X / (2 L K D) tokens, whatever n and ep.
+
+Only gradients, reduced once a step, are compared: as at stage 0. Stages 1 and 2 also all-gather updated
+parameters, copied or spread, so that 3 X stands for 2 X everywhere and the break-even is at 1.5 times as
+many tokens; and stages 2 and 3 reduce once per micro-batch.
 """
 
 from typing import NamedTuple

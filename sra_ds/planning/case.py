@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from sra_ds.config import Recipe
+from sra_ds.config.model import MoEChannelConfig
 from sra_ds.planning.shapes import Layout, Shapes
 from sra_ds.planning.zero import Zero
 
@@ -33,6 +34,14 @@ class Case(NamedTuple):
     def step_tokens(self) -> int:
         """Of a step on all processes."""
         return self.tokens * self.accumulation * self.layout.world
+
+    @property
+    def rows_per_expert(self) -> float | None:
+        """Rows one expert sees of a micro-batch, those of all processes that share it."""
+        channel = self.recipe.model.channel
+        if not isinstance(channel, MoEChannelConfig):
+            return None
+        return self.tokens * channel.top_k * self.layout.ep / channel.experts
 
     def runs(self) -> list[int]:
         """Elements of parameters that lie together in forward order and are shared by the same processes:

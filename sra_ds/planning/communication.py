@@ -59,7 +59,7 @@ class Transfer(NamedTuple):
 def step_transfers(case: Case) -> list[Transfer]:
     """Everything one process sends for one optimizer step but control."""
     if case.zero.stage == 3:
-        found = [*_reduce_scatter(case), *_gathers(case)]
+        found = [*_reduce_scatter(case), *parameter_gathers(case)]
     else:
         found = [*_reductions(case), *(_updates(case) if case.zero.stage else [])]
     found += [*_expert_rows(case), *_statistics(case)]
@@ -112,7 +112,7 @@ def _reduce_scatter(case: Case) -> list[Transfer]:
     return found
 
 
-def _gathers(case: Case) -> list[Transfer]:
+def parameter_gathers(case: Case) -> list[Transfer]:
     """Parameters at stage 3 once DeepSpeed knows the order of use (from the third step on): small ones
     once after the update, the others for every forward pass and, where they were not kept, again for the
     backward pass."""

@@ -13,7 +13,8 @@ GB = 10**9
 RUNTIME_BYTES = 1.5e9
 """Assumed for the CUDA context, libraries and communication buffers."""
 USABLE = 0.9
-"""Assumed share of a card's memory that an allocator with its fragments can use."""
+"""Assumed share of a memory that can be used: of a card's because of the allocator's fragments, of a
+host's because of the system, libraries and data loading."""
 EFFICIENCY = 0.35
 """Assumed share of the data sheet's FLOP/s a whole step reaches; a large product alone reaches 0.8."""
 INTER_NODE = 50e9
@@ -22,8 +23,12 @@ LATENCY = 10e-6
 """Assumed seconds per hop of a collective; n processes are log2(n) hops apart."""
 PCIE = 25e9
 """Assumed bytes per second between a GPU and its host, each direction: PCIe 4.0 x16."""
-HOST_MEMORY = 200e9
+HOST_BANDWIDTH = 200e9
 """Assumed bytes per second of a host's memory, shared by its GPUs."""
+HOST_MEMORY = 256e9
+"""Assumed bytes of a host's memory per GPU: 2 TB for a node of eight."""
+LAUNCH = 5e-6
+"""Assumed seconds the host needs to start one kernel."""
 UNITS = {"GB": 1e9, "GIB": 2**30, "TB": 1e12}
 
 
@@ -69,6 +74,10 @@ GPUS = {
 }
 CARDS = (24e9, 40e9, 80e9, 141e9)
 """Memory sizes every plan is held against."""
+SMALLEST = 24e9
+"""Planned with when neither a GPU nor a memory size is named."""
+LARGEST_CLUSTER = 100_000
+"""GPUs up to which plans are made."""
 USUAL = {24e9: "RTX 4090", 40e9: "A100 40GB", 80e9: "H100", 141e9: "H200"}
 """The GPU a memory size stands for when none is named."""
 
@@ -82,31 +91,35 @@ class Network(NamedTuple):
     inter: float
 
 
-def parse_memory(text: str) -> float:
-    """ "24GB" -> 24e9; raises `ConfigError` for a size without unit."""
+def parse_memory(text: str, option: str = "--gpu-memory") -> float:
+    """ "24GB" -> 24e9; raises `ConfigError` that names the option for a size without unit."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GB|GiB|TB)", text.strip(), re.IGNORECASE)
     if found is None:
-        raise ConfigError(f"--gpu-memory {text}: expected a size with its unit, such as 24GB")
+        raise ConfigError(f"{option} {text}: expected a size with its unit, such as 24GB")
     size = float(found[1]) * UNITS[found[2].upper()]
     if size <= 0:
-        raise ConfigError(f"--gpu-memory {text}: must be more than 0")
+        raise ConfigError(f"{option} {text}: must be more than 0")
     return size
 
 
-def choose_gpu(name: str | None, memory: float) -> Gpu:
-    """The named GPU, or the usual one with the largest memory that is not above `memory`."""
+def choose_gpu(name: str | None, memory: float | None) -> tuple[Gpu, float]:
+    """A GPU and the memory to plan with: the named GPU, with its own memory unless another is given; or
+    the usual one with the largest memory that is not above `memory`."""
     if name is not None:
         if name not in GPUS:
             raise ConfigError(f"--gpu {name}: known are {', '.join(GPUS)}")
-        return GPUS[name]
+        return GPUS[name], GPUS[name].memory if memory is None else memory
+    memory = SMALLEST if memory is None else memory
     sizes = [size for size in USUAL if size <= memory] or [min(USUAL)]
-    return GPUS[USUAL[max(sizes)]]
+    return GPUS[USUAL[max(sizes)]], memory
 
 
 def make_network(
     gpus: int, nodes: int, gpu: Gpu, intra: float | None, inter: float | None
 ) -> Network:
     """Raises `ConfigError` unless the GPUs divide over the nodes. Bandwidths: GB/s, one direction."""
+    if gpus > LARGEST_CLUSTER:
+        raise ConfigError(f"--gpus {gpus}: plans are made for at most {LARGEST_CLUSTER:,}")
     if gpus % nodes:
         raise ConfigError(f"--gpus {gpus} is not a multiple of --nodes {nodes}")
     within = gpu.link if intra is None else intra * GB

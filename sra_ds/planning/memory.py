@@ -17,14 +17,12 @@ so stacked experts count whole where a partition is smaller than they are. All o
 step and later.
 """
 
-from bisect import bisect_left, bisect_right
-from itertools import accumulate
 from typing import NamedTuple
 
 from sra_ds.config.training import AdamWConfig, OptimizerConfig
 from sra_ds.planning.activations import Activations, activation_bytes
 from sra_ds.planning.case import Case
-from sra_ds.planning.shapes import Group, optimizer_groups
+from sra_ds.planning.shapes import optimizer_groups
 
 FLOAT, DOUBLE = 4, 8
 WHOLE_REDUCTION = 500_000_000
@@ -86,18 +84,20 @@ class Gathered(NamedTuple):
 
 def gathered_elements(case: Case) -> Gathered:
     """Parameters small enough to stay, and of the others the last ones before the turn from forward to
-    backward that are used again soon enough, what is fetched ahead, and the largest module. Nothing is
-    gathered from one process."""
+    backward that are used again soon enough, what is fetched ahead, and the largest module. One process
+    alone gathers nothing, but fetches what is offloaded, parameter by parameter."""
+    fetched = case.zero.parameters_on_host and case.device != "cpu"
     small = large = module = parameter = 0
     for weights in case.shapes.modules:
-        numels = [case.layout.held(w) for w in weights if case.layout.sharing(w) > 1]
+        numels = [case.layout.held(w) for w in weights if fetched or case.layout.sharing(w) > 1]
         big = [numel for numel in numels if numel > case.zero.persistence]
         small += sum(numels) - sum(big)
         large += sum(big)
         module, parameter = max(module, sum(big)), max(parameter, *big, 0)
     ahead = case.zero.prefetch + module
     whole = small + min(large, case.zero.reuse_distance // 2 + ahead)
-    return Gathered(whole, min(large, max(case.zero.prefetch + parameter, module)))
+    flat = min(large, max(case.zero.prefetch + parameter, module))
+    return Gathered(whole, flat if case.layout.world > 1 else 0)
 
 
 def _held(case: Case) -> _Held:
@@ -111,21 +111,11 @@ def _held(case: Case) -> _Held:
         padded=sum(group.padded for group in groups),
         partition=sum(group.partition for group in groups),
         updated=updated,
-        touched=sum(_touched(group) for group in groups),
+        touched=sum(group.touched for group in groups),
         largest=max(numels),
         shared=sum(sum(group.numels) for group in groups if group.processes > 1),
         run=max(case.runs()),
     )
-
-
-def _touched(group: Group) -> int:
-    ends = [0, *accumulate(group.numels)]
-    size, total, most = group.partition, ends[-1], 0
-    for low in range(0, total, size):
-        first = bisect_right(ends, low) - 1
-        last = bisect_left(ends, min(low + size, total))
-        most = max(most, ends[last] - ends[first])
-    return most
 
 
 def _states(config: OptimizerConfig) -> int:
@@ -182,7 +172,8 @@ def _partitioned(case: Case, held: _Held, kept: Activations) -> Memory:
     update = own + max(_flat(held.updated, case), min(held.largest, held.updated) * DOUBLE)
     host = _model_on_host(case, held)
     if zero.optimizer_on_host:  # gradients pass through one buffer on their way
-        host += optimizer + held.partition * (FLOAT + w)
+        host += optimizer + held.partition * (FLOAT + w) + held.largest * w
+        host += own if several else 0  # gradients between micro-batches
         optimizer, update = 0, held.largest * w
         if zero.stage == 2:
             gradients, between = held.largest * w, 0

@@ -2,10 +2,15 @@
 what it sends, how long a step takes; and which to start, with what command.
 
 For each pair the largest micro-batch that fits is taken, with activation checkpointing if none fits
-without. Recommended is the pair whose step is shortest when nothing overlaps. Expert parallelism is tried
-over divisors of the processes and the experts; precision is bf16 unless the recipe or stage 0 forbid it.
+without or the step is clearly shorter; `training.micro_batch_size` is binding as an override, and chosen
+here where the recipe has it. Recommended is the simplest of the pairs whose step is about the shortest
+when nothing overlaps: times are not known to 5 %. Configurations for several nodes are left out on one
+and preferred on several. Expert parallelism is tried over divisors of the processes and the experts;
+precision is bf16 unless the recipe or stage 0 forbid it. Experts per token are `model.channel.top_k`
+throughout.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -19,45 +24,17 @@ from sra_ds.planning.case import Case
 from sra_ds.planning.communication import Transfer, step_transfers
 from sra_ds.planning.hardware import CARDS
 from sra_ds.planning.memory import Memory, estimate
+from sra_ds.planning.request import Request
 from sra_ds.planning.shapes import Layout, Shapes, read_shapes
 from sra_ds.planning.step_time import Machine, StepTime, step_time, step_work
 from sra_ds.planning.zero import Zero, read_zero, require_planned
 from sra_ds.training.ds_config import merge_ds_config, plan_batches, zero_stage
 from sra_ds.training.placement import choose_placement
 
-LARGEST_EP = 64
-SECONDS_PER_DAY = 86_400
-
-
-class Request(NamedTuple):
-    """What is asked: a recipe on `machine` with `memory` bytes per GPU; `budget` of tokens to train on,
-    if not the recipe's steps; `price` of a GPU hour; `overrides` are repeated in the command."""
-
-    recipe: Recipe
-    machine: Machine
-    memory: float
-    budget: float | None = None
-    price: float | None = None
-    recipe_name: str = ""
-    overrides: tuple[str, ...] = ()
-
-    @property
-    def step_tokens(self) -> int:
-        """Tokens of a step on all GPUs."""
-        return self.recipe.training.batch_size * self.recipe.data.sequence_length
-
-    @property
-    def tokens(self) -> float:
-        """Tokens of the whole run."""
-        if self.budget is not None:
-            return self.budget
-        return float(self.recipe.training.steps * self.step_tokens)
-
-    @property
-    def gpus(self) -> int:
-        """All of them."""
-        network = self.machine.network
-        return network.nodes * network.gpus_per_node
+NEAR = 0.05
+"""Steps that differ by no more than this share count as equally long."""
+MULTINODE = "_multinode.json"
+"""How configurations for several nodes are named."""
 
 
 class Candidate(NamedTuple):
@@ -72,28 +49,57 @@ class Candidate(NamedTuple):
     transfers: tuple[Transfer, ...] = ()
     time: StepTime | None = None
     fits: bool = False
+    smallest: int = 0
+    """Bytes on the device with the smallest micro-batch, recomputing if that helps."""
 
 
 def candidates(request: Request, configs: dict[str, dict[str, Any]]) -> list[Candidate]:
     """All pairs of a configuration (by file name) and an expert-parallel size; raises `ConfigError` for a
-    batch that does not divide over the GPUs."""
-    recipe, gpus = request.recipe, request.gpus
-    batch = recipe.training.batch_size
-    if batch % gpus:
-        near = -(-batch // gpus) * gpus
-        raise ConfigError(
-            f"training.batch_size={batch} is not divisible by {gpus} GPUs; add training.batch_size={near}"
-        )
-    shapes, counts = read_shapes(recipe), count_parameters(build_model(recipe, "meta"))
+    batch or micro-batch that does not divide."""
+    recipe, gpus, sizes = request.recipe, request.gpus, micro_batch_sizes(request)
+    counts = count_parameters(build_model(recipe, "meta"))
+    sought = _Sought(request, sizes, read_shapes(recipe), counts)
     found = []
     for name, config in configs.items():
+        if name.endswith(MULTINODE) and request.machine.network.nodes == 1:
+            continue
         require_planned(config, name)
         zero = read_zero(config)
         for ep in expert_parallel_sizes(recipe, gpus):
             reason = refusal(_spread(recipe, ep), config, name, gpus)
             plain = Candidate(name, zero, ep, reason)
-            found.append(plain if reason else _largest(request, plain, shapes, counts))
+            found.append(plain if reason else _planned(sought, plain))
     return found
+
+
+class _Sought(NamedTuple):
+    """What all candidates share; `sizes` of micro-batches, ascending."""
+
+    request: Request
+    sizes: list[int]
+    shapes: Shapes
+    counts: dict[str, Any]
+
+
+def micro_batch_sizes(request: Request) -> list[int]:
+    """Windows that a micro-batch may have: the divisors of a GPU's share of the batch, or the one size an
+    override asks for."""
+    training, gpus = request.recipe.training, request.gpus
+    batch, asked = training.batch_size, training.micro_batch_size
+    if batch % gpus:
+        near = -(-batch // gpus) * gpus
+        raise ConfigError(
+            f"training.batch_size={batch} is not divisible by {gpus} GPUs; add training.batch_size={near}"
+        )
+    sizes = _divisors(batch // gpus)
+    if not asked or not request.overridden("training.micro_batch_size"):
+        return sizes
+    if asked not in sizes:
+        raise ConfigError(
+            f"training.micro_batch_size={asked} does not divide the {batch // gpus} windows of each GPU: "
+            f"possible are {', '.join(map(str, sizes))}"
+        )
+    return [asked]
 
 
 def expert_parallel_sizes(recipe: Recipe, gpus: int) -> list[int]:
@@ -103,8 +109,7 @@ def expert_parallel_sizes(recipe: Recipe, gpus: int) -> list[int]:
         if asked > 1:
             raise ConfigError(f"parallel.expert_parallel_size={asked} needs model.channel.kind=moe")
         return [1]
-    sizes = [n for n in range(1, min(gpus, LARGEST_EP) + 1) if not gpus % n]
-    sizes = [n for n in sizes if not channel.experts % n]
+    sizes = [n for n in _divisors(channel.experts) if not gpus % n]
     if asked > 1:
         if asked not in sizes:
             raise ConfigError(
@@ -134,35 +139,54 @@ def _width(recipe: Recipe, stage: int) -> int:
 
 
 def recommended(found: list[Candidate]) -> Candidate | None:
-    """The one that fits with the shortest step; of equals the lowest stage without offloading."""
+    """The simplest of those that fit and need no longer than the fastest, up to `NEAR`."""
     fitting = [candidate for candidate in found if candidate.fits]
-    return min(fitting, key=_order) if fitting else None
+    longest = min(map(_seconds, fitting), default=0.0) * (1 + NEAR)
+    return min((c for c in fitting if _seconds(c) <= longest), key=_complexity, default=None)
 
 
-def _order(candidate: Candidate) -> tuple[float, int, int]:
+def _seconds(candidate: Candidate) -> float:
     assert candidate.time is not None
-    return (candidate.time.conservative, candidate.zero.stage, candidate.ep)
+    return candidate.time.conservative
 
 
-def _largest(
-    request: Request, plain: Candidate, shapes: Shapes, counts: dict[str, Any]
-) -> Candidate:
-    """The candidate with the largest micro-batch that fits, or with one window if none does."""
-    recipe, gpus = request.recipe, request.gpus
+def _complexity(candidate: Candidate) -> tuple[int, int, bool, int]:
+    """Stage, parts offloaded, whether it is not made for several nodes, expert-parallel size."""
+    zero = candidate.zero
+    offloaded = zero.optimizer_on_host + zero.parameters_on_host
+    return (zero.stage, offloaded, not candidate.config.endswith(MULTINODE), candidate.ep)
+
+
+def _planned(sought: _Sought, plain: Candidate) -> Candidate:
+    """The candidate with the largest micro-batch that fits, or with the smallest if none does; recomputed
+    if nothing else fits or the step is clearly shorter, since fewer micro-batches may be worth it."""
+    again = sorted({sought.request.recipe.training.activation_checkpointing, True})
+    tried = [_largest(sought, plain, checkpointing) for checkpointing in again]
+    smallest = min(candidate.smallest for candidate in tried)
+    best = tried[0] if tried[0].fits else tried[-1]
+    if tried[-1].fits and _seconds(tried[-1]) * (1 + NEAR) < _seconds(best):
+        best = tried[-1]
+    return best._replace(smallest=smallest)
+
+
+def _largest(sought: _Sought, plain: Candidate, checkpointing: bool) -> Candidate:
+    recipe, gpus = sought.request.recipe, sought.request.gpus
     share = recipe.training.batch_size // gpus
-    asked = recipe.training.micro_batch_size
-    sizes = [asked] if asked and not share % asked else _divisors(share)
     layout = Layout(gpus, plain.ep, marked=plain.ep > 1 or _marked(recipe))
     width = _width(recipe, plain.zero.stage)
-    usable = request.machine.gpu.usable(request.memory)
-    for checkpointing in sorted({recipe.training.activation_checkpointing, True}):
-        own = with_training(recipe, activation_checkpointing=checkpointing)
-        for windows in reversed(sizes):
-            case = Case(own, shapes, layout, plain.zero, windows, share // windows, width)
-            memory = estimate(case)
-            if memory.peak <= usable:
-                return _timed(request, plain, case, memory, counts)._replace(fits=True)
-    return _timed(request, plain, case, memory, counts)
+    own = with_training(recipe, activation_checkpointing=checkpointing)
+    cases = [
+        Case(own, sought.shapes, layout, plain.zero, windows, share // windows, width)
+        for windows in reversed(sought.sizes)
+    ]
+    chosen = next((case for case in cases if _fits(sought.request, case)), cases[-1])
+    fits, smallest = _fits(sought.request, chosen), estimate(cases[-1]).peak
+    return _timed(sought, plain, chosen)._replace(fits=fits, smallest=smallest)
+
+
+def _fits(request: Request, case: Case) -> bool:
+    memory = estimate(case)
+    return request.fits(memory.peak, memory.host)
 
 
 def _spread(recipe: Recipe, ep: int) -> Recipe:
@@ -175,12 +199,11 @@ def _spread(recipe: Recipe, ep: int) -> Recipe:
     return recipe.model_copy(update={"model": model, "parallel": parallel})
 
 
-def _timed(
-    request: Request, plain: Candidate, case: Case, memory: Memory, counts: dict[str, Any]
-) -> Candidate:
+def _timed(sought: _Sought, plain: Candidate, case: Case) -> Candidate:
     transfers = step_transfers(case)
-    time = step_time(case, step_work(case, counts), transfers, request.machine)
-    return plain._replace(case=case, memory=memory, transfers=tuple(transfers), time=time)
+    work = step_work(case, sought.counts)
+    time = step_time(case, work, transfers, sought.request.machine)
+    return plain._replace(case=case, memory=estimate(case), transfers=tuple(transfers), time=time)
 
 
 def with_training(recipe: Recipe, **fields: Any) -> Recipe:
@@ -193,10 +216,12 @@ def _marked(recipe: Recipe) -> bool:
 
 
 def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
 
 
 def fitting_cards(candidate: Candidate, machine: Machine) -> list[float]:
-    """Memory sizes of usual cards that hold the candidate as it is."""
+    """Memory sizes of usual cards that hold the candidate with some micro-batch."""
     assert candidate.memory is not None
-    return [card for card in CARDS if candidate.memory.peak <= machine.gpu.usable(card)]
+    needed = min(candidate.memory.peak, candidate.smallest)
+    return [card for card in CARDS if needed <= machine.gpu.usable(card)]

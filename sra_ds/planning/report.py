@@ -1,32 +1,55 @@
 """A plan as one tree of numbers (`--json`), and as a table for people."""
 
+import shlex
 from typing import Any
 
-from sra_ds.config.model import MoEChannelConfig
 from sra_ds.model.counting import count_parameters
 from sra_ds.model.language_model import build_model
 from sra_ds.planning.break_even import break_even
 from sra_ds.planning.hardware import (
     EFFICIENCY,
     GB,
-    HOST_MEMORY,
+    HOST_BANDWIDTH,
     LATENCY,
+    LAUNCH,
     PCIE,
     RUNTIME_BYTES,
     USABLE,
 )
+from sra_ds.planning.offload import host_traffic
 from sra_ds.planning.plan import (
-    SECONDS_PER_DAY,
     Candidate,
-    Request,
     candidates,
     expert_parallel_sizes,
     fitting_cards,
     recommended,
 )
+from sra_ds.planning.request import Request
 from sra_ds.planning.shapes import read_shapes
+from sra_ds.planning.step_time import (
+    DENSE_KERNELS,
+    END_KERNELS,
+    EXPERT_KERNELS,
+    PARAMETER_KERNELS,
+    step_kernels,
+)
+from sra_ds.planning.units import SECONDS_PER_DAY
 
 FOLDER = "ds_configs"
+WIDTHS = {"bf16": 2, "fp32": 4}
+ASSUMPTIONS = {
+    "usual_efficiency": EFFICIENCY,
+    "usable_share_of_memory": USABLE,
+    "runtime_bytes": RUNTIME_BYTES,
+    "latency_seconds_per_hop": LATENCY,
+    "launch_seconds_per_kernel": LAUNCH,
+    "kernels_per_layer_and_pass": {"experts": EXPERT_KERNELS, "dense": DENSE_KERNELS},
+    "kernels_per_micro_batch": END_KERNELS,
+    "kernels_per_parameter_and_step": PARAMETER_KERNELS,
+    "pcie_bytes_per_second": PCIE,
+    "host_memory_bytes_per_second": HOST_BANDWIDTH,
+}
+"""Not of a data sheet, but of planning/hardware.py and planning/step_time.py."""
 
 
 def make_plan(request: Request, configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -39,22 +62,19 @@ def make_plan(request: Request, configs: dict[str, dict[str, Any]]) -> dict[str,
     return {
         "recipe": recipe.name,
         "parameters": {key: counts[key] for key in ("total", "active_with_anchors")},
+        "experts_per_token": getattr(recipe.model.channel, "top_k", None),
+        "ignored_top_k_schedule": recipe.training.top_k_schedule,
         "gpus": request.gpus,
         "nodes": machine.network.nodes,
         "gpu": {**machine.gpu._asdict(), "planned_memory": request.memory},
+        "host_memory_of_a_node": request.host_memory,
         "network": machine.network._asdict(),
-        "assumptions": {
-            "efficiency": machine.efficiency,
-            "usual_efficiency": EFFICIENCY,
-            "usable_share_of_memory": USABLE,
-            "runtime_bytes": RUNTIME_BYTES,
-            "latency_seconds_per_hop": LATENCY,
-            "pcie_bytes_per_second": PCIE,
-            "host_memory_bytes_per_second": HOST_MEMORY,
-        },
+        "assumptions": {"efficiency": machine.efficiency, **ASSUMPTIONS},
         "tokens_per_step": request.step_tokens,
         "token_budget": request.tokens,
-        "compute_bound_rows_per_expert": machine.gpu.compute_bound_rows(width),
+        "compute_bound_rows_per_expert": {
+            name: machine.gpu.compute_bound_rows(size) for name, size in WIDTHS.items()
+        },
         "break_even": _break_even(request, width),
         "candidates": [_row(request, candidate) for candidate in found],
         "recommendation": None if best is None else _recommendation(request, best),
@@ -85,29 +105,24 @@ def _row(request: Request, candidate: Candidate) -> dict[str, Any]:
         "accumulation": case.accumulation,
         "fits": candidate.fits,
         "memory_bytes": {**memory._asdict(), "peak": memory.peak},
+        "host_bytes_per_node": memory.host * request.machine.network.gpus_per_node,
         "fits_cards": [f"{card / GB:.0f}GB" for card in fitting_cards(candidate, request.machine)],
-        "tokens_per_expert": _tokens_per_expert(candidate),
+        "tokens_per_expert": case.rows_per_expert,
         "waits_for_weights": time.waits_for_weights,
         "sent_per_step": sent,
+        "host_traffic_per_step": host_traffic(case)._asdict(),
+        "kernels_per_step": step_kernels(case),
         "seconds_per_step": {
             "optimistic": time.optimistic,
             "conservative": time.conservative,
             "compute": time.compute,
+            "launches": time.launches,
             "communication": time.communication,
+            "offload": time.offload,
             "update": time.update,
         },
         **_whole_run(request, candidate),
     }
-
-
-def _tokens_per_expert(candidate: Candidate) -> float | None:
-    """Rows one expert sees of a micro-batch: those of all processes that share it."""
-    case = candidate.case
-    assert case is not None
-    channel = case.recipe.model.channel
-    if not isinstance(channel, MoEChannelConfig):
-        return None
-    return case.tokens * channel.top_k * candidate.ep / channel.experts
 
 
 def _whole_run(request: Request, candidate: Candidate) -> dict[str, Any]:
@@ -137,8 +152,8 @@ def _recommendation(request: Request, best: Candidate) -> dict[str, Any]:
     named = {key.split("=")[0] for key in keys}
     kept = [override for override in request.overrides if override.split("=")[0] not in named]
     config = f"{FOLDER}/{best.config}"
-    arguments = " ".join([*kept, *keys])
-    train = f"launch/train.py --deepspeed {config} --recipe {request.recipe_name} {arguments}"
+    arguments, name = shlex.join([*kept, *keys]), shlex.quote(request.recipe_name)
+    train = f"launch/train.py --deepspeed {config} --recipe {name} {arguments}"
     gpus = f"--num_gpus {network.gpus_per_node}"
     found = {"config": config, "overrides": keys, "command": f"deepspeed {gpus} {train}"}
     if network.nodes > 1:
@@ -146,7 +161,7 @@ def _recommendation(request: Request, best: Candidate) -> dict[str, Any]:
         per_node = network.gpus_per_node
         found |= {
             "command": f"deepspeed {hosts} {gpus} {train}",
-            "slurm": f"DEEPSPEED={config} RECIPE={request.recipe_name} sbatch "
+            "slurm": f"DEEPSPEED={config} RECIPE={name} sbatch "
             f"--nodes={network.nodes} --ntasks-per-node={per_node} --gpus-per-node={per_node} "
             f"launch/slurm/many_nodes.sbatch {arguments}",
         }

@@ -5,6 +5,8 @@ Counted from the model on the meta device, so any size is free. A layout says ho
 them: dense parameters are replicated over all `world` processes, experts over `world / ep` of them.
 """
 
+from bisect import bisect_left, bisect_right
+from itertools import accumulate
 from typing import NamedTuple
 
 from torch import nn
@@ -82,6 +84,17 @@ class Group(NamedTuple):
     def partition(self) -> int:
         """Elements of one process's part of it."""
         return self.padded // self.processes
+
+    @property
+    def touched(self) -> int:
+        """Elements of whole parameters that overlap one partition, for the process with the most."""
+        ends = [0, *accumulate(self.numels)]
+        size, total, most = self.partition, ends[-1], 0
+        for low in range(0, total, size):
+            first = bisect_right(ends, low) - 1
+            last = bisect_left(ends, min(low + size, total))
+            most = max(most, ends[last] - ends[first])
+        return most
 
 
 def read_shapes(recipe: Recipe) -> Shapes:

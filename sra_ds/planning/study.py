@@ -11,8 +11,9 @@ from typing import Any
 from sra_ds.config import Recipe
 from sra_ds.model.counting import flops_per_token
 from sra_ds.model.language_model import build_model
-from sra_ds.planning.hardware import EFFICIENCY, GB, GPUS, INTER_NODE, Network
-from sra_ds.planning.plan import Candidate, Request, candidates, recommended, with_training
+from sra_ds.planning.hardware import EFFICIENCY, GB, GPUS, HOST_MEMORY, INTER_NODE, Network
+from sra_ds.planning.plan import Candidate, candidates, recommended, with_training
+from sra_ds.planning.request import Request
 from sra_ds.planning.step_time import Machine
 
 GPU, PER_NODE = "H100", 8
@@ -24,6 +25,7 @@ COLUMNS = (
     ("recipe", "recipe"), ("gpus", "GPUs"), ("batch_tokens", "tokens a step"), ("config", "JSON"),
     ("ep", "ep"), ("micro", "micro-batch"), ("peak_gb", "GB a GPU"), ("step_ms", "step, ms"),
     ("tokens_per_second", "M tokens/s"), ("mfu", "MFU"), ("communication", "communication"),
+    ("launches", "launches"),
 )  # fmt: skip
 
 
@@ -60,7 +62,8 @@ def _rows(cases: dict[int, Recipe], configs: dict[str, dict[str, Any]]) -> list[
     for gpus, recipe in cases.items():
         gpu = GPUS[GPU]
         network = Network(gpus // PER_NODE, PER_NODE, gpu.link, INTER_NODE)
-        request = Request(recipe, Machine(gpu, network, EFFICIENCY), gpu.memory)
+        machine, host = Machine(gpu, network, EFFICIENCY), HOST_MEMORY * PER_NODE
+        request = Request(recipe, machine, gpu.memory, host)
         best = recommended(candidates(request, configs))
         if best is not None:
             rows.append(_row(request, best))
@@ -82,10 +85,12 @@ def _row(request: Request, best: Candidate) -> dict[str, Any]:
         "micro": case.windows,
         "accumulation": case.accumulation,
         "peak_bytes": memory.peak,
+        "host_bytes_per_node": memory.host * PER_NODE,
         "seconds_per_step": list(bounds),
         "tokens_per_second": [case.step_tokens / seconds for seconds in bounds],
         "mfu": [case.step_tokens * flops / seconds / peak for seconds in bounds],
         "communication_share": time.communication / time.conservative,
+        "launch_share": time.launches / time.conservative,
         "sent_wire_bytes": sum(transfer.wire_bytes for transfer in best.transfers),
     }
 
@@ -114,4 +119,5 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{worst / 1e6:.2f} - {best / 1e6:.2f}",
         f"{low:.0%} - {high:.0%}",
         f"{row['communication_share']:.0%}",
+        f"{row['launch_share']:.0%}",
     ]
