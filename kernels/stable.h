@@ -8,6 +8,7 @@
 
 #include <array>
 #include <optional>
+#include <string>
 #include <vector>
 
 namespace sra {
@@ -43,6 +44,13 @@ inline Tensor detached(const Tensor& tensor) {
   std::array<StableIValue, 1> stack{torch::stable::detail::from(tensor)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::detach", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// "3 x 4", for messages.
+inline std::string shape(const Tensor& tensor) {
+  std::string text;
+  for (int64_t d = 0; d < tensor.dim(); ++d) text += (d ? " x " : "") + std::to_string(tensor.size(d));
+  return text;
 }
 
 inline Tensor rows(const Tensor& tensor, int64_t first, int64_t last) {

@@ -40,16 +40,17 @@ struct Chunks {
 };
 
 void check(const Tensor& x, const Tensor& anchors, const Tensor& temperature, int64_t top_k) {
-  const int64_t experts = anchors.size(0);
   STD_TORCH_CHECK(x.dim() == 2 && anchors.dim() == 2 && x.size(1) == anchors.size(1),
-                  "cosine_route: x T x D and anchors E x D expected");
-  STD_TORCH_CHECK(experts <= kMaxExperts, "cosine_route: at most ", kMaxExperts, " experts");
-  STD_TORCH_CHECK(top_k >= 1 && top_k <= std::min<int64_t>(kMaxTopK, experts), "cosine_route: 1 <= k <= min(",
-                  kMaxTopK, ", E) expected");
+                  "cosine_route: x T x D and anchors E x D expected, got ", shape(x), " and ", shape(anchors));
+  const int64_t experts = anchors.size(0);
+  STD_TORCH_CHECK(experts <= kMaxExperts, "cosine_route: at most ", kMaxExperts, " experts, got ", experts);
+  STD_TORCH_CHECK(top_k >= 1 && top_k <= std::min<int64_t>(kMaxTopK, experts), "cosine_route: k between 1 and ",
+                  std::min<int64_t>(kMaxTopK, experts), " expected, got ", top_k);
   STD_TORCH_CHECK(x.is_contiguous() && anchors.is_contiguous(), "cosine_route: contiguous inputs expected");
-  STD_TORCH_CHECK(temperature.dim() == 1 && (temperature.size(0) == 1 || temperature.size(0) == experts) &&
-                      temperature.scalar_type() == ScalarType::Float,
-                  "cosine_route: temperature float32 of 1 or E entries expected");
+  STD_TORCH_CHECK(temperature.dim() == 1 && (temperature.size(0) == 1 || temperature.size(0) == experts),
+                  "cosine_route: temperature of 1 or E entries expected, got ", shape(temperature), " for ",
+                  experts, " experts");
+  STD_TORCH_CHECK(temperature.scalar_type() == ScalarType::Float, "cosine_route: temperature must be float32");
 }
 
 std::vector<float> scales(const Tensor& temperature, int64_t experts) {

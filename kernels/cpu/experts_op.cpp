@@ -10,6 +10,7 @@
 #include "experts.h"
 #include "number_of.h"
 #include "product.h"
+#include "stream.h"
 
 namespace sra::cpu {
 namespace {
@@ -74,7 +75,7 @@ void keep(const Tensor& part, const Tensor& whole, int64_t first, int64_t count)
 // `matrix` becomes expert e's.
 void keep_expert(const Tensor& matrix, const Tensor& stacked, int64_t e) {
   const int64_t bytes = matrix.size(0) * matrix.size(1) * matrix.element_size();
-  std::memcpy(static_cast<char*>(stacked.data_ptr()) + e * bytes, matrix.data_ptr(), bytes);
+  stream_copy(static_cast<char*>(stacked.data_ptr()) + e * bytes, matrix.data_ptr(), bytes);
 }
 
 OptionalTensor plain(const OptionalTensor& tensor) {
@@ -86,17 +87,20 @@ const void* bias_of(const OptionalTensor& bias, int64_t e) {
 }
 
 void check(const Tensor& x, const Tensor& up_weight, const Tensor& down_weight, const Tensor& offsets) {
-  STD_TORCH_CHECK(x.dim() == 2 && up_weight.dim() == 3 && down_weight.dim() == 3 && x.size(1) == up_weight.size(1),
-                  "feed_forward: x R x D and stacked weights expected");
+  STD_TORCH_CHECK(x.dim() == 2 && up_weight.dim() == 3 && down_weight.dim() == 3 &&
+                      x.size(1) == up_weight.size(1) && up_weight.size(2) == down_weight.size(1),
+                  "feed_forward: x R x D, up E x D x F and down E x F x D expected, got ", shape(x), ", ",
+                  shape(up_weight), " and ", shape(down_weight));
   STD_TORCH_CHECK(x.is_contiguous() && up_weight.is_contiguous() && down_weight.is_contiguous(),
                   "feed_forward: contiguous inputs expected");
   STD_TORCH_CHECK(x.scalar_type() == up_weight.scalar_type() && x.scalar_type() == down_weight.scalar_type(),
                   "feed_forward: x and weights of one type expected");
-  STD_TORCH_CHECK(offsets.scalar_type() == ScalarType::Int && offsets.size(0) == up_weight.size(0),
-                  "feed_forward: int32 offsets, one per expert, expected");
-  const int64_t experts = offsets.size(0);
+  const int64_t experts = up_weight.size(0);
+  STD_TORCH_CHECK(offsets.scalar_type() == ScalarType::Int && offsets.dim() == 1 && offsets.size(0) == experts,
+                  "feed_forward: int32 offsets, one for each of ", experts, " experts, expected, got ",
+                  shape(offsets));
   STD_TORCH_CHECK(experts > 0 && data<int32_t>(offsets)[experts - 1] == x.size(0),
-                  "feed_forward: offsets must end at the number of rows");
+                  "feed_forward: offsets must end at the number of rows, ", x.size(0));
 }
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor>;

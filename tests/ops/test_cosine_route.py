@@ -209,7 +209,7 @@ def test_autocast_is_kept_out():
 
 
 def test_wrong_shapes_are_refused_in_words():
-    with pytest.raises(RuntimeError, match="anchors E x D"):
+    with pytest.raises(RuntimeError, match=r"anchors E x D expected, got 3 x 4 and 5 x 6"):
         cosine_route(torch.randn(3, 4), torch.randn(5, 6), torch.ones(1), 2, "all")
-    with pytest.raises(RuntimeError, match="1 or E entries"):
+    with pytest.raises(RuntimeError, match="1 or E entries expected, got 3 for 5"):
         cosine_route(torch.randn(3, 4), torch.randn(5, 4), torch.ones(3), 2, "all")
