@@ -32,13 +32,15 @@ def kill_and_resume(
     script: Path, ds_config: Path, world: int, folder: Path, kills: int
 ) -> dict[str, Any]:
     """Train undisturbed, then once more with `kills` SIGKILLs of all processes at random moments of
-    training and saving; compare the losses of every step.
+    training and saving, experts spread over all processes; compare the losses of every step.
 
     Raises `TrainingError` if a resumed run cannot go on, ends by itself or ends elsewhere.
     """
     steps = max(FEWEST_STEPS, 4 * SAVED_EVERY * SAVES_PER_KILL * kills)
     text = _write_text(folder / "text.jsonl")
     data = [f"data.train=[{text}]", f"data.directory={folder / 'data'}"]
+    if world > 1:
+        data += [f"parallel.expert_parallel_size={world}", "model.channel.backend=deepspeed"]
     command = [str(script), "--deepspeed", str(ds_config)]
     undisturbed, killed = RunDir(folder / "undisturbed"), RunDir(folder / "killed")
     fresh = [*command, "--recipe", "quickstart", *RECIPE, *data, f"training.steps={steps}"]

@@ -4,6 +4,7 @@ SGD, since Adam hides gradients of the wrong scale. DeepSpeed is imported once p
 all cases run in one start, and each test looks at its own.
 """
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -24,7 +25,7 @@ from distributed import (
     recipe_of,
     run_ranks,
 )
-from sra_ds.config import Recipe, load_recipe, named_recipes
+from sra_ds.config import Recipe, load_recipe
 from sra_ds.config.loading import merge
 from sra_ds.model import init
 from sra_ds.model.init import generator
@@ -295,13 +296,34 @@ def test_experts_of_other_processes_never_have_memory() -> None:
     assert sum(p.numel() for p in model.parameters() if p.dim() == 3) == 2 * 2 * 8 * 32 * 128
 
 
+def share_of_sra_8b() -> tuple[int, int]:
+    """In a process of `run_ranks`: bytes of the parameters made here, and of memory needed meanwhile."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = resident_bytes("VmRSS")
+    model = build_model(load_recipe("sra-8b"), "cpu", Placement("deepspeed", 8, 5))
+    own = sum(p.numel() * p.element_size() for p in model.parameters())
+    return own, resident_bytes("VmHWM") - before
+
+
+def resident_bytes(what: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(what))
+
+
+@pytest.mark.slow
+def test_sra_8b_over_eight_processes_never_holds_all_experts_of_a_layer() -> None:
+    channel, width = load_recipe("sra-8b").model.channel, load_recipe("sra-8b").model.width
+    whole_layer = 4 * channel.experts * 2 * width * channel.expert.hidden
+    ((own, peak),) = run_ranks(1, share_of_sra_8b)
+    assert own < 8 * 2**30  # of 32 GB
+    assert peak - own < whole_layer / 2
+
+
 @pytest.mark.parametrize("name", ["sra-8b", "sra-128e"])
 def test_a_large_model_makes_its_share_of_the_experts(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """On the meta device: shapes, and the experts that initial weights are drawn for."""
-    if name not in named_recipes():
-        pytest.skip(f"there is no recipe {name}")
     drawn: list[tuple[object, ...]] = []
     monkeypatch.setattr(init, "_normal", lambda weight, std, seed, *path: drawn.append(path))
     model = build_model(load_recipe(name), "meta", Placement("deepspeed", 8, 5))
