@@ -76,21 +76,23 @@ def _only_results_on_stdout() -> Iterator[None]:
         os.close(results)
 
 
-def show_tree(tree: dict[str, Any], indent: int = 0) -> None:
-    """A nested result as aligned lines; byte counts in readable units."""
+def show_tree(tree: dict[str, Any], indent: int = 0, in_bytes: bool = False) -> None:
+    """A nested result as aligned lines; what lies under a key with `bytes` in it in readable units, and
+    lists only with `--json`."""
     for key, value in tree.items():
+        sizes = in_bytes or "bytes" in key
         if isinstance(value, dict):
             print(f"{'':{indent}}{key}")
-            show_tree({f"{k}": _readable(key, v) for k, v in value.items()}, indent + 2)
+            show_tree(value, indent + 2, sizes)
         elif not isinstance(value, list):
-            print(f"{'':{indent}}{key:<{max(28 - indent, 1)}} {_readable(key, value)}")
+            print(f"{'':{indent}}{key:<{max(28 - indent, 1)}} {_readable(value, sizes)}")
 
 
-def _readable(key: str, value: Any) -> Any:
-    if "bytes" in key and isinstance(value, int) and value >= 1024:
-        return f"{value / 2**30:.2f} GiB" if value >= 2**28 else f"{value / 2**20:.1f} MiB"
+def _readable(value: Any, in_bytes: bool) -> Any:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if in_bytes and isinstance(value, int) and value >= 1024:
+        return f"{value / 2**30:.2f} GiB" if value >= 2**28 else f"{value / 2**20:.1f} MiB"
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.4g}" if isinstance(value, float) else value
