@@ -8,6 +8,7 @@ Times are medians over rounds; what counts are ratios within a run.
 """
 
 import itertools
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -59,6 +60,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 def bench_kernels(what: str, rounds: int) -> dict[str, Any]:
     """`router`, `router-grid` or `experts`, in float32 and bf16."""
+    # or variants, which take turns, would throw each other's compiled products out of oneDNN's cache
+    os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "16384"
     if what == "experts":
         return bench_experts(EXPERTS, rounds)
     return bench_router(ROUTER if what == "router" else ROUTER_GRID, rounds)
