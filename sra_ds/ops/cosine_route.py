@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sra_ds.ops.extension import extension
+from sra_ds.ops.extension import extension, register_operator
 from sra_ds.ops.precision import at_least_float32
 from sra_ds.ops.top_k_routing import EVERYONE, Selection, TopKRouting, top_k_routing
 
@@ -116,12 +116,7 @@ def _available_on(device_type: str) -> bool:
 
 @functools.cache
 def _register() -> None:
-    """What torch needs to differentiate and to trace the operator."""
-    torch.library.register_fake("sra_kernels::cosine_route", _shapes)
-    torch.library.register_fake("sra_kernels::cosine_route_backward", _gradient_shapes)
-    torch.library.register_autograd(
-        "sra_kernels::cosine_route", _backward, setup_context=_keep_for_backward
-    )
+    register_operator("cosine_route", _shapes, _gradient_shapes, _backward, _keep_for_backward)
 
 
 def _shapes(

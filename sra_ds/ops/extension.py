@@ -7,11 +7,11 @@ SRA_KERNELS says what to do: `auto` (use it if it can be had), `compiled` (fail 
 import fcntl
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -44,6 +44,21 @@ def use_kernels(choice: str) -> Iterator[None]:
 def extension() -> Extension:
     """What is used now; raises `BackendUnavailable` if the library is required and cannot be had."""
     return _load(_override.get() or os.environ.get("SRA_KERNELS", "auto"))
+
+
+def register_operator(
+    name: str,
+    shapes: Callable[..., Any],
+    gradient_shapes: Callable[..., Any],
+    backward: Callable[..., Any],
+    keep_for_backward: Callable[..., Any],
+) -> None:
+    """What torch needs to trace and differentiate `name` by `name`_backward; once, after loading."""
+    torch.library.register_fake(f"sra_kernels::{name}", shapes)
+    torch.library.register_fake(f"sra_kernels::{name}_backward", gradient_shapes)
+    torch.library.register_autograd(
+        f"sra_kernels::{name}", backward, setup_context=keep_for_backward
+    )
 
 
 @functools.cache

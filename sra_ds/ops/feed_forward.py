@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sra_ds.ops.extension import extension
+from sra_ds.ops.extension import extension, register_operator
 from sra_ds.ops.grouped_linear import grouped_linear
 
 COMPILED_DTYPES = (torch.float32, torch.bfloat16)
@@ -82,12 +82,7 @@ def _available_on(device_type: str, experts: int) -> bool:
 
 @functools.cache
 def _register() -> None:
-    """What torch needs to differentiate and to trace the operator."""
-    torch.library.register_fake("sra_kernels::feed_forward", _shapes)
-    torch.library.register_fake("sra_kernels::feed_forward_backward", _gradient_shapes)
-    torch.library.register_autograd(
-        "sra_kernels::feed_forward", _backward, setup_context=_keep_for_backward
-    )
+    register_operator("feed_forward", _shapes, _gradient_shapes, _backward, _keep_for_backward)
 
 
 def _shapes(x: Tensor, gate: Tensor | None, up: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,6 +19,7 @@ STABLE_ABI = "0x020b000000000000"
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fopenmp-simd -fno-math-errno"
 NINJA = """
 cxx = {cxx}
+libraries = -Wl,--no-as-needed -L{lib} -ltorch_cpu -ltorch -lc10
 flags = {flags} -DTORCH_TARGET_VERSION={abi} -isystem {include}
 rule compile
   command = $cxx $flags -MMD -MF $out.d -c $in -o $out
@@ -26,7 +27,7 @@ rule compile
   deps = gcc
   description = compiling $in
 rule link
-  command = $cxx -shared -o $out $in -Wl,--no-as-needed -L{lib} -ltorch_cpu -ltorch -lc10
+  command = $cxx -shared -o $out.part $in $libraries && mv $out.part $out
   description = linking $out
 """
 
