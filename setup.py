@@ -1,7 +1,8 @@
 """Build entry point: the compiled kernels beside the package; the metadata is in pyproject.toml.
 
 Without a compiler or torch at hand the package installs all the same: kernels are then compiled on first
-use, or replaced by the torch functions that define them.
+use, or replaced by the torch functions that define them. SRA_CUDA=0|1|auto and SRA_CUDA_ARCHS say for
+which GPUs they are compiled, as sra_ds/ops/kernel_build.py explains.
 """
 
 import importlib.util
@@ -21,6 +22,8 @@ SPEC.loader.exec_module(kernel_build)
 class BuildKernels(build_ext):
     """ninja does the work; a failure is reported and passed over."""
 
+    library = kernel_build.library_name()
+
     def run(self) -> None:
         """Libraries of older sources go first."""
         for package in (ROOT / "sra_ds", Path(self.build_lib, "sra_ds")):
@@ -31,17 +34,20 @@ class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         """Build, and put the library where the package looks for it."""
         try:
-            library = kernel_build.build(Path(self.build_temp).absolute())
+            built, why = kernel_build.build_what_is_wanted(Path(self.build_temp).absolute())
         except kernel_build.BuildError as error:
             self.warn(f"sra_ds is installed without compiled kernels: {error}")
             return
+        if why:
+            self.warn(f"the compiled kernels are for CPUs alone: {why}")
+        self.library = built.name
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(library, target)
+        shutil.copy2(built, target)
 
     def get_ext_filename(self, name: str) -> str:
         """No tag of a Python: the library does not know any."""
-        return str(Path(*name.split(".")[:-1], kernel_build.library_name()))
+        return str(Path(*name.split(".")[:-1], self.library))
 
 
 class BuildPython(build_py):

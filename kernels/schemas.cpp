@@ -3,13 +3,13 @@
 
 STABLE_TORCH_LIBRARY(sra_kernels, m) {
   m.def(
-      "cosine_route(Tensor x, Tensor anchors, Tensor temperature, int top_k, int gate, Tensor? valid, "
-      "Tensor? selection_bias, Tensor? noise) -> (Tensor gates, Tensor ids, Tensor load, Tensor mean_probs, "
-      "Tensor lse, Tensor dots, Tensor inverse_x, Tensor inverse_a)");
+      "cosine_route(Tensor x, Tensor anchors, Tensor temperature, int top_k, int gate, bool fused, Tensor? "
+      "valid, Tensor? selection_bias, Tensor? noise) -> (Tensor gates, Tensor ids, Tensor load, Tensor "
+      "mean_probs, Tensor lse, Tensor valid_count, Tensor dots, Tensor inverse_x, Tensor inverse_a)");
   m.def(
       "cosine_route_backward(Tensor grad_gates, Tensor grad_mean_probs, Tensor grad_lse, Tensor x, Tensor "
-      "anchors, Tensor temperature, int gate, Tensor? valid, Tensor ids, Tensor lse, Tensor dots, Tensor "
-      "inverse_x, Tensor inverse_a) -> (Tensor, Tensor, Tensor)");
+      "anchors, Tensor temperature, int gate, bool fused, Tensor? valid, Tensor ids, Tensor lse, Tensor "
+      "valid_count, Tensor dots, Tensor inverse_x, Tensor inverse_a) -> (Tensor, Tensor, Tensor)");
   m.def(
       "feed_forward(Tensor x, Tensor? gate_weight, Tensor up_weight, Tensor? up_bias, Tensor down_weight, "
       "Tensor? down_bias, Tensor offsets) -> (Tensor y, Tensor gate, Tensor up)");

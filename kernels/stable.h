@@ -46,6 +46,16 @@ inline Tensor detached(const Tensor& tensor) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// left @ right of two matrices of one type, in that type. Into a tensor of ours, since autocast would
+// round the factors of a plain product.
+inline Tensor matrix_product(const Tensor& left, const Tensor& right) {
+  using torch::stable::detail::from;
+  const Tensor out = empty(left, {left.size(0), right.size(1)}, left.scalar_type());
+  std::array<StableIValue, 3> stack{from(left), from(right), from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 // "3 x 4", for messages.
 inline std::string shape(const Tensor& tensor) {
   std::string text;

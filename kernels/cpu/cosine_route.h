@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "../row_core.h"
-#include "number.h"
+#include "../number.h"
 
 namespace sra::cpu {
 

@@ -3,11 +3,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <tuple>
 
-#include "../stable.h"
+#include "../cosine_route_inputs.h"
+#include "../number_of.h"
 #include "cosine_route.h"
-#include "number_of.h"
 #include "product.h"
 
 namespace sra::cpu {
@@ -16,7 +15,6 @@ namespace {
 namespace stable = torch::stable;
 
 constexpr int64_t kChunk = 256;
-constexpr float kNormEps = 1e-8f;  // as in ops/cosine_route.py
 
 struct Chunks {
   int64_t rows, count;
@@ -39,20 +37,6 @@ struct Chunks {
   }
 };
 
-void check(const Tensor& x, const Tensor& anchors, const Tensor& temperature, int64_t top_k) {
-  STD_TORCH_CHECK(x.dim() == 2 && anchors.dim() == 2 && x.size(1) == anchors.size(1),
-                  "cosine_route: x T x D and anchors E x D expected, got ", shape(x), " and ", shape(anchors));
-  const int64_t experts = anchors.size(0);
-  STD_TORCH_CHECK(experts <= kMaxExperts, "cosine_route: at most ", kMaxExperts, " experts, got ", experts);
-  STD_TORCH_CHECK(top_k >= 1 && top_k <= std::min<int64_t>(kMaxTopK, experts), "cosine_route: k between 1 and ",
-                  std::min<int64_t>(kMaxTopK, experts), " expected, got ", top_k);
-  STD_TORCH_CHECK(x.is_contiguous() && anchors.is_contiguous(), "cosine_route: contiguous inputs expected");
-  STD_TORCH_CHECK(temperature.dim() == 1 && (temperature.size(0) == 1 || temperature.size(0) == experts),
-                  "cosine_route: temperature of 1 or E entries expected, got ", shape(temperature), " for ",
-                  experts, " experts");
-  STD_TORCH_CHECK(temperature.scalar_type() == ScalarType::Float, "cosine_route: temperature must be float32");
-}
-
 std::vector<float> scales(const Tensor& temperature, int64_t experts) {
   std::vector<float> scale(experts);
   const float* tau = data<float>(temperature);
@@ -74,19 +58,19 @@ const void* row_of(const Tensor& matrix, int64_t row) {
   return static_cast<const char*>(matrix.data_ptr()) + row * matrix.size(1) * matrix.element_size();
 }
 
-using Routed = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 // Each chunk of tokens is widened to float32, multiplied, and routed while it is in the cache.
 Routed cosine_route(const Tensor& x, const Tensor& anchors, const Tensor& temperature, int64_t top_k,
-                    int64_t gate, const OptionalTensor& valid, const OptionalTensor& selection_bias,
+                    int64_t gate, bool fused, const OptionalTensor& valid, const OptionalTensor& selection_bias,
                     const OptionalTensor& noise) {
-  check(x, anchors, temperature, top_k);
+  check_route(x, anchors, temperature, top_k);
+  STD_TORCH_CHECK(!fused, "cosine_route: the fused kernels are for GPUs");
   const int64_t T = x.size(0), D = x.size(1), E = anchors.size(0);
   const Number number = number_of(x);
   const Tensor x_plain = detached(x), anchors_wide = detached(to_float(anchors));
   const Tensor anchors_DE = stable::transpose(anchors_wide, 0, 1);
   Tensor dots = empty(anchors_wide, {T, E}), ids = empty(dots, {T, top_k}, ScalarType::Long);
   Tensor gates = empty(dots, {T, top_k}), load = empty(dots, {E}), mean_probs = empty(dots, {E});
+  Tensor valid_count = empty(dots, {1});
   Tensor lse = empty(dots, {T}), inverse_x = empty(dots, {T}), inverse_a = empty(dots, {E});
   inverse_norms(anchors_wide.data_ptr(), Number::kFloat, E, D, kNormEps, data<float>(inverse_a), nullptr);
 
@@ -106,24 +90,24 @@ Routed cosine_route(const Tensor& x, const Tensor& anchors, const Tensor& temper
     route_rows(scores, selection, first, last, data<float>(gates), data<int64_t>(ids), data<float>(lse),
                &loads[c * E], &probs[c * E]);
   });
-  const float tokens = static_cast<float>(std::max<int64_t>(1, count_valid(selection.valid_T, T)));
+  const int64_t count = count_valid(selection.valid_T, T);
+  const float tokens = static_cast<float>(std::max<int64_t>(1, count));
+  data<float>(valid_count)[0] = static_cast<float>(count);
   const std::vector<float> routes = chunks.sum(loads, E), mass = chunks.sum(probs, E);
   for (int64_t e = 0; e < E; ++e) {
     data<float>(load)[e] = routes[e];
     data<float>(mean_probs)[e] = mass[e] / tokens;
   }
-  return {gates, ids, load, mean_probs, lse, dots, inverse_x, inverse_a};
+  return {gates, ids, load, mean_probs, lse, valid_count, dots, inverse_x, inverse_a};
 }
-
-using Gradients = std::tuple<Tensor, Tensor, Tensor>;
 
 // With bf16 tokens and anchors the gradient of the dot products is rounded to bf16 for both products, as
 // a bf16 linear layer's would be; otherwise they are float32.
-Gradients cosine_route_backward(const Tensor& grad_gates, const Tensor& grad_mean_probs,
-                                const Tensor& grad_lse, const Tensor& x, const Tensor& anchors,
-                                const Tensor& temperature, int64_t gate, const OptionalTensor& valid,
-                                const Tensor& ids, const Tensor& lse, const Tensor& dots,
-                                const Tensor& inverse_x, const Tensor& inverse_a) {
+RouteGradients cosine_route_backward(const Tensor& grad_gates, const Tensor& grad_mean_probs,
+                                     const Tensor& grad_lse, const Tensor& x, const Tensor& anchors,
+                                     const Tensor& temperature, int64_t gate, bool, const OptionalTensor& valid,
+                                     const Tensor& ids, const Tensor& lse, const Tensor& valid_count,
+                                     const Tensor& dots, const Tensor& inverse_x, const Tensor& inverse_a) {
   const int64_t T = x.size(0), D = x.size(1), E = anchors.size(0);
   const Number number = number_of(x);
   const bool short_products = number == Number::kBFloat16 && number_of(anchors) == number;
@@ -135,7 +119,7 @@ Gradients cosine_route_backward(const Tensor& grad_gates, const Tensor& grad_mea
   const std::vector<float> scale = scales(temperature, E);
   const Scores scores = scores_of(dots, inverse_x, inverse_a, scale, ids.size(1), gate);
   const bool* valid_T = data_or_null<bool>(valid);
-  const float tokens = static_cast<float>(std::max<int64_t>(1, count_valid(valid_T, T)));
+  const float tokens = std::max(1.0f, *data<float>(valid_count));
   std::vector<float> per_token(E), along_x(T);
   for (int64_t e = 0; e < E; ++e) per_token[e] = data<float>(grad_mean_probs)[e] / tokens;
   const Upstream upstream{data<float>(grad_gates), per_token.data(), data<float>(grad_lse)};

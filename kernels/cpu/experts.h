@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "number.h"
+#include "../number.h"
 
 namespace sra::cpu {
 

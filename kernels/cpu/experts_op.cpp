@@ -8,7 +8,7 @@
 
 #include "../stable.h"
 #include "experts.h"
-#include "number_of.h"
+#include "../number_of.h"
 #include "product.h"
 #include "stream.h"
 

@@ -9,12 +9,6 @@ namespace detail = torch::stable::detail;
 
 constexpr int64_t kRowsTogether = 8;
 
-Tensor matrix_product(const Tensor& left, const Tensor& right) {
-  std::array<StableIValue, 2> stack{detail::from(left), detail::from(right)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "", stack.data(), TORCH_ABI_VERSION));
-  return detail::to<Tensor>(stack[0]);
-}
-
 // The operator torch's own compiler uses for linear layers on the CPU; false if this torch has another.
 bool onednn_product(const Tensor& left, const Tensor& right, Tensor* result) {
   std::array<StableIValue, 6> stack{detail::from(left),

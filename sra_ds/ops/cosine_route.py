@@ -6,7 +6,8 @@
     cosine_route_reference  the torch functions that define it
 
 The compiled operator multiplies raw vectors and scales the float32 dot products, so bf16 vectors are not
-rounded again, and its gradients are in closed form. Letters: T tokens, D width, E experts, K experts per
+rounded again, and its gradients are in closed form. On a GPU its fused kernels read x once and keep no
+dot products: the backward pass finds them again. Letters: T tokens, D width, E experts, K experts per
 token.
 """
 
@@ -26,6 +27,8 @@ GATES = ("selected", "all", "straight_through")
 """In the order of `Gate` in kernels/row_core.h."""
 MAX_EXPERTS, MAX_TOP_K = 4096, 16
 COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FUSED_DEVICES = ("cuda",)
+MAX_FUSED_EXPERTS = 256
 
 
 def cosine_route(
@@ -47,25 +50,24 @@ def cosine_route(
             x_TD, anchors_ED, temperature, top_k, gate, selection, keep_scores
         )
     temperature = temperature.float()
-    gates_TK, ids_TK, load_E, mean_probs_E, lse_T, dots_TE, inverse_x_T, inverse_a_E = (
+    gates_TK, ids_TK, load_E, mean_probs_E, lse_T, count_1, dots_TE, inverse_x_T, inverse_a_E = (
         torch.ops.sra_kernels.cosine_route.default(
             x_TD.contiguous(),
             anchors_ED.contiguous(),
             temperature,
             top_k,
             GATES.index(gate),
+            not keep_scores and can_be_fused(x_TD, anchors_ED),
             *selection,
         )
     )
-    count = lse_T.new_full((), len(lse_T))
     if selection.valid_T is not None:
-        count = selection.valid_T.sum(dtype=lse_T.dtype)
         lse_T = lse_T * selection.valid_T
     scores_TE = None
     if keep_scores:
         scale_E = inverse_a_E * temperature.detach().abs()
         scores_TE = dots_TE * inverse_x_T.unsqueeze(-1) * scale_E
-    return TopKRouting(gates_TK, ids_TK, load_E, mean_probs_E, lse_T, count), scores_TE
+    return TopKRouting(gates_TK, ids_TK, load_E, mean_probs_E, lse_T, count_1.squeeze(0)), scores_TE
 
 
 def cosine_route_reference(
@@ -106,6 +108,16 @@ def runs_compiled(x_TD: Tensor, anchors_ED: Tensor, top_k: int) -> bool:
     )
 
 
+def can_be_fused(x_TD: Tensor, anchors_ED: Tensor) -> bool:
+    """Whether the fused kernels take these inputs."""
+    return (
+        x_TD.device.type in FUSED_DEVICES
+        and x_TD.dtype == anchors_ED.dtype == torch.bfloat16
+        and x_TD.shape[1] % 8 == 0
+        and len(anchors_ED) <= MAX_FUSED_EXPERTS
+    )
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _available_on(device_type: str) -> bool:
     available = device_type in extension().devices
@@ -120,7 +132,7 @@ def _register() -> None:
 
 
 def _shapes(
-    x: Tensor, anchors: Tensor, temperature: Tensor, top_k: int, *_: Any
+    x: Tensor, anchors: Tensor, temperature: Tensor, top_k: int, gate: int, fused: bool, *_: Any
 ) -> tuple[Tensor, ...]:
     tokens, experts = x.shape[0], anchors.shape[0]
 
@@ -129,7 +141,8 @@ def _shapes(
 
     ids_TK = x.new_empty((tokens, top_k), dtype=torch.int64)
     over_experts = (numbers(experts), numbers(experts))
-    rest = (numbers(tokens), numbers(tokens, experts), numbers(tokens), numbers(experts))
+    dots_TE = numbers(0 if fused else tokens, experts)
+    rest = (numbers(tokens), numbers(1), dots_TE, numbers(tokens), numbers(experts))
     return (numbers(tokens, top_k), ids_TK, *over_experts, *rest)
 
 
@@ -146,17 +159,17 @@ def _gradient_shapes(
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, anchors, temperature, _, gate, valid, _, _ = inputs
-    _, ids, load, _, lse, dots, inverse_x, inverse_a = output
-    ctx.gate = gate
-    ctx.save_for_backward(x, anchors, temperature, valid, ids, lse, dots, inverse_x, inverse_a)
-    ctx.mark_non_differentiable(ids, load, dots, inverse_x, inverse_a)
+    x, anchors, temperature, _, gate, fused, valid, _, _ = inputs
+    _, ids, load, _, lse, *rest = output
+    ctx.how = gate, fused
+    ctx.save_for_backward(x, anchors, temperature, valid, ids, lse, *rest)
+    ctx.mark_non_differentiable(ids, load, *rest)
 
 
 def _backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
     x, anchors, temperature, valid, *kept = ctx.saved_tensors
     grad_gates, _, _, grad_mean_probs, grad_lse = (grad.contiguous() for grad in upstream[:5])
     gradients = torch.ops.sra_kernels.cosine_route_backward(
-        grad_gates, grad_mean_probs, grad_lse, x, anchors, temperature, ctx.gate, valid, *kept
+        grad_gates, grad_mean_probs, grad_lse, x, anchors, temperature, *ctx.how, valid, *kept
     )
-    return (*gradients, None, None, None, None, None)
+    return (*gradients, *(None for _ in range(6)))

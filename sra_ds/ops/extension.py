@@ -16,7 +16,14 @@ from typing import Any, NamedTuple
 import torch
 
 from sra_ds.errors import BackendUnavailable, ConfigError
-from sra_ds.ops.kernel_build import PACKAGE, BuildError, build, library_name
+from sra_ds.ops.kernel_build import (
+    PACKAGE,
+    BuildError,
+    archs_of,
+    build_what_is_wanted,
+    library_name,
+    serves,
+)
 
 CHOICES = ("auto", "compiled", "reference")
 
@@ -67,27 +74,63 @@ def _load(asked: str) -> Extension:
         raise ConfigError(f"SRA_KERNELS={asked}: expected {', '.join(CHOICES)}")
     if asked == "reference":
         return Extension(frozenset(), "reference: SRA_KERNELS=reference")
+    capability = gpu_capability()
     try:
-        path, how = _library()
+        path, how = _library(capability)
         torch.ops.load_library(str(path))
     except (BuildError, OSError) as error:
         if asked == "compiled":
             raise BackendUnavailable(f"SRA_KERNELS=compiled: {error}") from None
         return Extension(frozenset(), f"reference: {error}")
+    if capability is not None and serves(archs_of(path), capability):
+        return Extension(frozenset({"cpu", "cuda"}), f"compiled for this GPU too, {how}")
     return Extension(frozenset({"cpu"}), f"compiled, {how}")
 
 
-def _library() -> tuple[Path, str]:
-    """The library of the present sources, and where it comes from."""
-    installed = PACKAGE / library_name()
-    if installed.exists():
-        return installed, "installed with the package"
+def gpu_capability() -> tuple[int, int] | None:
+    """Of the present GPU, None without one."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+
+
+def cache_folder() -> Path:
+    """Where libraries are built when the package has none that serves."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(root) / "sra_ds" / "kernels"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
+    return Path(root) / "sra_ds" / "kernels"
+
+
+def _library(capability: tuple[int, int] | None) -> tuple[Path, str]:
+    """A library of the present sources, and where it comes from: the package, the user's cache, or a
+    compiler. One that does not serve the GPU is the last choice."""
+    cache = cache_folder()
+    found = _find(cache, capability)
+    if found is not None:
+        return found
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one process compiles, others wait for it
-        path = folder / library_name()
-        if path.exists():
-            return path, "built on this machine before"
-        return build(folder), "built on first use"
+        found = _find(cache, capability)
+        if found is not None:
+            return found
+        try:
+            (path, why), how = build_what_is_wanted(cache), "built on first use"
+        except BuildError as error:
+            fallback = _find(cache, None)
+            if fallback is None:
+                raise
+            (path, how), why = fallback, str(error)
+    if capability is None or serves(archs_of(path), capability):
+        return path, how
+    return path, f"{how}; not for this GPU: {why or 'SRA_CUDA_ARCHS names others'}"
+
+
+def _find(cache: Path, capability: tuple[int, int] | None) -> tuple[Path, str] | None:
+    """A library that is there and serves a GPU of this capability, if there is one."""
+    stem = Path(library_name()).stem
+    for folder, how in (
+        (PACKAGE, "installed with the package"),
+        (cache, "built on this machine before"),
+    ):
+        for path in sorted(folder.glob(f"{stem}*.so"), key=lambda path: len(path.name)):
+            if capability is None or serves(archs_of(path), capability):
+                return path, how
+    return None

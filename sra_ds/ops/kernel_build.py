@@ -1,28 +1,47 @@
 """Building kernels/ into one shared library with ninja: for setup.py, and on first use without it.
 
-    sources -> objects -> _kernels_<hash of the sources>.so
+    sources -> objects -> _kernels_<hash of the sources>.so                      for CPUs
+                          _kernels_<hash of the sources>_cuda_80_90ptx.so        for GPUs too
 
 The library speaks LibTorch's Stable ABI and no Python, so it serves every torch from 2.11 on and every
-Python. This file needs neither: setup.py runs it by itself.
+Python. It can be built for GPUs where there is none. This file needs neither torch nor a GPU: setup.py
+runs it by itself.
+
+SRA_CUDA says whether GPUs are built for: 0, 1 or auto, which does it if torch is a CUDA build and a CUDA
+toolkit is there. SRA_CUDA_ARCHS names compute capabilities, "80;86;90+PTX"; +PTX is for later ones too.
 """
 
+import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 PACKAGE = Path(__file__).resolve().parents[1]
 STABLE_ABI = "0x020b000000000000"
 """torch 2.11, the oldest that can load the library."""
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fopenmp-simd -fno-math-errno"
+CUDA_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v"
+OLDEST_ARCH = 80
+"""bfloat16 matrix instructions and copies in the background begin there."""
+EVERYWHERE = "80;90+PTX"
+"""Architectures where none is asked for and no GPU is there to be asked."""
 NINJA = """
 cxx = {cxx}
-libraries = -Wl,--no-as-needed -L{lib} -ltorch_cpu -ltorch -lc10
+nvcc = {nvcc}
+libraries = -Wl,--no-as-needed -L{lib} -ltorch_cpu -ltorch -lc10 {cuda_libraries}
 flags = {flags} -DTORCH_TARGET_VERSION={abi} -isystem {include}
 rule compile
   command = $cxx $flags -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = compiling $in
+rule compile_cuda
+  command = $nvcc {cuda_flags} -MD -MF $out.d -c $in -o $out > $out.log 2>&1 || (cat $out.log; false)
   depfile = $out.d
   deps = gcc
   description = compiling $in
@@ -42,16 +61,97 @@ def source_folder() -> Path:
     return inside if inside.is_dir() else PACKAGE.parent / "kernels"
 
 
-def library_name() -> str:
-    """File name of the library these sources give."""
-    digest = hashlib.sha256(FLAGS.encode())
+@functools.cache
+def cuda_home() -> Path | None:
+    """The CUDA toolkit: CUDA_HOME, or where nvcc is; None without one. nvcc may be a script that calls
+    the real one, which is asked then."""
+    nvcc = shutil.which("nvcc")
+    candidates = [Path(home) for home in (os.environ.get("CUDA_HOME"),) if home]
+    if nvcc is not None:
+        candidates.append(Path(nvcc).resolve().parents[1])
+        said = _output([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull])
+        candidates += [Path(top) for top in re.findall(r"^#\$ TOP=(.+)$", said, re.MULTILINE)]
+    candidates.append(Path("/usr/local/cuda"))
+    for home in candidates:
+        if (home / "bin" / "nvcc").exists() and (home / "include" / "cuda_runtime.h").exists():
+            return home.resolve()
+    return None
+
+
+def parse_archs(text: str) -> tuple[str, ...]:
+    """Of a list like "80;90+PTX"; raises `BuildError`."""
+    archs = tuple(part.strip() for part in text.split(";") if part.strip())
+    for arch in archs:
+        if not re.fullmatch(r"\d{2,3}(\+PTX)?", arch) or _number(arch) < OLDEST_ARCH:
+            raise BuildError(
+                f"CUDA architecture {arch}: expected numbers from {OLDEST_ARCH} on, as {EVERYWHERE}"
+            )
+    return archs
+
+
+class Wanted(NamedTuple):
+    """Architectures to build for, () for CPUs alone, and then why."""
+
+    archs: tuple[str, ...]
+    reason: str
+
+
+def wanted() -> Wanted:
+    """What SRA_CUDA and SRA_CUDA_ARCHS ask for, as far as it is possible here; raises `BuildError` if
+    they make no sense."""
+    asked = os.environ.get("SRA_CUDA", "auto")
+    if asked not in ("0", "1", "auto"):
+        raise BuildError(f"SRA_CUDA={asked}: expected 0, 1 or auto")
+    if asked == "0":
+        return Wanted((), "SRA_CUDA=0")
+    if asked == "auto" and not _torch_has_cuda():
+        return Wanted((), "this torch has no CUDA")
+    if cuda_home() is None:
+        return Wanted((), "there is no CUDA toolkit (CUDA_HOME)")
+    named = os.environ.get("SRA_CUDA_ARCHS") or _archs_here() or EVERYWHERE
+    return Wanted(parse_archs(named), "")
+
+
+def library_name(archs: tuple[str, ...] = ()) -> str:
+    """File name of the library these sources give for CPUs and GPUs of `archs`."""
+    digest = hashlib.sha256((FLAGS + CUDA_FLAGS).encode())
     folder = source_folder()
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".h", ".cpp")):
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".h", ".cpp", ".cu")):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
-    return f"_kernels_{digest.hexdigest()[:12]}.so"
+    cuda = "".join("_" + arch.replace("+PTX", "ptx") for arch in archs)
+    return f"_kernels_{digest.hexdigest()[:12]}{'_cuda' if archs else ''}{cuda}.so"
 
 
-def build(folder: Path) -> Path:
+def archs_of(library: Path) -> tuple[str, ...]:
+    """Architectures a library was built for, from its name."""
+    _, _, archs = library.stem.partition("_cuda_")
+    return tuple(arch.replace("ptx", "+PTX") for arch in archs.split("_") if arch)
+
+
+def serves(archs: tuple[str, ...], capability: tuple[int, int]) -> bool:
+    """Whether code for `archs` runs on a GPU: that of its generation up to it, or PTX of an older one."""
+    for arch in archs:
+        major, minor = divmod(_number(arch), 10)
+        if (major == capability[0] and minor <= capability[1]) or (
+            arch.endswith("+PTX") and (major, minor) <= capability
+        ):
+            return True
+    return False
+
+
+def build_what_is_wanted(folder: Path) -> tuple[Path, str]:
+    """The library for GPUs if they are wanted and it can be built, else that for CPUs, and why. Raises
+    `BuildError` if there is neither."""
+    try:
+        archs, reason = wanted()
+        if archs:
+            return build(folder, archs), ""
+    except BuildError as error:
+        reason = str(error)
+    return build(folder, ()), reason
+
+
+def build(folder: Path, archs: tuple[str, ...]) -> Path:
     """Compile what changed and link; objects and library are left in `folder`. Raises `BuildError`."""
     ninja, cxx = shutil.which("ninja"), shutil.which(os.environ.get("CXX", "c++"))
     torch = find_spec("torch")
@@ -60,9 +160,9 @@ def build(folder: Path) -> Path:
     if torch is None or torch.origin is None:
         raise BuildError("torch is not installed where this is built")
     folder.mkdir(parents=True, exist_ok=True)
-    library = folder / library_name()
-    home = Path(torch.origin).parent
-    (folder / "build.ninja").write_text(_ninja_file(cxx, home, library), "utf-8")
+    library = folder / library_name(archs)
+    text = _ninja_file(cxx, Path(torch.origin).parent, library, archs)
+    (folder / "build.ninja").write_text(text, "utf-8")
     ran = subprocess.run([ninja, "-C", str(folder)], capture_output=True, text=True, check=False)
     if ran.returncode:
         errors = [line for line in ran.stdout.splitlines() if "error" in line]
@@ -70,12 +170,65 @@ def build(folder: Path) -> Path:
     return library
 
 
-def _ninja_file(cxx: str, torch: Path, library: Path) -> str:
-    source = source_folder()
-    units = sorted(source.rglob("*.cpp"))
-    objects = [unit.relative_to(source).as_posix().replace("/", "-") + ".o" for unit in units]
+def gencode(archs: tuple[str, ...]) -> str:
+    """nvcc's options for `archs`."""
+    options = []
+    for arch in archs:
+        number = _number(arch)
+        options.append(f"-gencode arch=compute_{number},code=sm_{number}")
+        if arch.endswith("+PTX"):
+            options.append(f"-gencode arch=compute_{number},code=compute_{number}")
+    return " ".join(options)
+
+
+def _number(arch: str) -> int:
+    return int(arch.removesuffix("+PTX"))
+
+
+def _ninja_file(cxx: str, torch: Path, library: Path, archs: tuple[str, ...]) -> str:
+    source, home = source_folder(), cuda_home() if archs else None
     text = NINJA.format(
-        cxx=cxx, flags=FLAGS, abi=STABLE_ABI, include=torch / "include", lib=torch / "lib"
-    )
-    lines = [f"build {name}: compile {unit}" for name, unit in zip(objects, units, strict=True)]
+        cxx=cxx, flags=FLAGS, abi=STABLE_ABI, include=torch / "include", lib=torch / "lib",
+        nvcc=home / "bin" / "nvcc" if home else "", cuda_flags=f"{CUDA_FLAGS} {gencode(archs)}",
+        cuda_libraries=f"{_static_runtime(home)} -ldl -lrt -lpthread" if home else "",
+    )  # fmt: skip
+    lines, objects = [], []
+    for unit in sorted(source.rglob("*.c*")):
+        if unit.parent.name == "cuda" and not archs:
+            continue
+        name = unit.relative_to(source).as_posix().replace("/", "-") + ".o"
+        rule = "compile_cuda" if unit.suffix == ".cu" else "compile"
+        lines.append(f"build {name}: {rule} {unit}")
+        objects.append(name)
     return "\n".join([text, *lines, f"build {library.name}: link {' '.join(objects)}", ""])
+
+
+def _static_runtime(home: Path) -> Path:
+    """CUDA's runtime, linked in, so that the library does not ask for that of one version."""
+    for part in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
+        if (home / part / "libcudart_static.a").exists():
+            return home / part / "libcudart_static.a"
+    raise BuildError(f"no libcudart_static.a under {home}")
+
+
+def _torch_has_cuda() -> bool:
+    """Without importing torch."""
+    torch = find_spec("torch")
+    if torch is None or torch.origin is None:
+        return False
+    said = (Path(torch.origin).parent / "version.py").read_text("utf-8")
+    return re.search(r"^cuda.*= *['\"]", said, re.MULTILINE) is not None
+
+
+def _archs_here() -> str:
+    """Those of this machine's GPUs, "" if there are none or nobody to ask."""
+    if shutil.which("nvidia-smi") is None:
+        return ""
+    said = _output(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"])
+    found = {int(cap.replace(".", "")) for cap in re.findall(r"^\d+\.\d+$", said, re.MULTILINE)}
+    return ";".join(str(arch) for arch in sorted(found) if arch >= OLDEST_ARCH)
+
+
+def _output(command: list[str]) -> str:
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    return ran.stdout + ran.stderr

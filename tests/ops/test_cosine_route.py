@@ -1,13 +1,20 @@
-"""The compiled routing operator against the torch functions that define it."""
+"""The compiled routing operator against the torch functions that define it.
+
+SRA_TEST_DEVICE=cuda runs all of it on a GPU; tests/kernels/test_emulated_gpu.py on an emulated one.
+"""
 
 import itertools
+import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 from sra_ds.ops.cosine_route import (
+    FUSED_DEVICES,
     GATES,
+    can_be_fused,
     cosine_route,
     cosine_route_reference,
     runs_compiled,
@@ -15,16 +22,27 @@ from sra_ds.ops.cosine_route import (
 from sra_ds.ops.extension import extension
 from sra_ds.ops.top_k_routing import Selection
 
+DEVICE = os.environ.get("SRA_TEST_DEVICE", "cpu")
 pytestmark = [
-    pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.skipif("cpu" not in extension().devices, reason=extension().reason),
+    pytest.mark.usefixtures("poisoned_memory", "on_device"),
+    pytest.mark.skipif(DEVICE not in extension().devices, reason=extension().reason),
 ]
 
 SIZES = [
     (1, 3, 1, 1), (7, 5, 3, 3), (63, 72, 17, 2), (257, 33, 128, 1), (300, 64, 100, 16),
     (513, 40, 1000, 8), (70, 512, 4096, 4),
 ]  # fmt: skip
+SHORT_SIZES = [
+    (130, 48, 64, 2), (1, 8, 1, 1), (129, 72, 33, 3), (200, 136, 200, 4), (64, 512, 256, 16),
+    (257, 65, 100, 2), (40, 24, 300, 5),
+]  # fmt: skip
 FACTS = ("gates_TK", "mean_probs_E", "lse_T")
+
+
+@pytest.fixture
+def on_device() -> Iterator[None]:
+    with torch.device(DEVICE):
+        yield
 
 
 def inputs(
@@ -59,7 +77,8 @@ def compare(tensors, top_k, gate, chosen_by, tolerance) -> None:
     assert runs_compiled(tensors[0], tensors[1], top_k)
     mine, exact = leaves(tensors), leaves(tensors, torch.float64)
     wide = Selection(chosen_by.valid_T, *(t if t is None else t.double() for t in chosen_by[1:]))
-    found, scores_TE = cosine_route(*mine, top_k, gate, chosen_by, keep_scores=True)
+    found, _ = cosine_route(*mine, top_k, gate, chosen_by)
+    _, scores_TE = cosine_route(*mine, top_k, gate, chosen_by, keep_scores=True)
     expected, expected_TE = cosine_route_reference(*exact, top_k, gate, wide, keep_scores=True)
     assert torch.equal(found.expert_ids_TK, expected.expert_ids_TK)
     assert torch.equal(found.load_E.double(), expected.load_E)
@@ -87,12 +106,37 @@ def test_values_and_every_gradient_equal_the_definition(size, gate, selective):
     compare(tensors, top_k, gate, selection(tokens, experts, selective), 1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", SHORT_SIZES, ids=str)
 @pytest.mark.parametrize("gate", GATES)
-def test_short_numbers_are_read_exactly(dtype, gate):
-    """Values are those of the rounded inputs; gradients are rounded once, at the end."""
-    tensors = inputs(130, 48, 64, 64, dtype)
-    compare(tensors, 2, gate, selection(130, 64, True), 4e-3 if dtype == torch.bfloat16 else 5e-4)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_short_numbers_are_read_exactly(size, gate, dtype):
+    """Values are those of the rounded inputs; gradients are rounded at the end, and those of bf16 before
+    their products too."""
+    tokens, width, experts, top_k = size
+    tensors = inputs(tokens, width, experts, experts, dtype)
+    chosen_by = selection(tokens, experts, tokens % 2 == 0)
+    compare(tensors, top_k, gate, chosen_by, 6e-3 if dtype == torch.bfloat16 else 5e-4)
+
+
+@pytest.mark.skipif(DEVICE not in FUSED_DEVICES, reason="the fused kernels are for GPUs")
+def test_fused_kernels_find_what_the_others_find():
+    tensors = inputs(333, 200, 96, dtype=torch.bfloat16)
+    assert can_be_fused(*tensors[:2])
+    fused, _ = cosine_route(*tensors, 2, "all")
+    other, scores_TE = cosine_route(*tensors, 2, "all", keep_scores=True)
+    assert scores_TE.shape == (333, 96)
+    assert torch.equal(fused.expert_ids_TK, other.expert_ids_TK)
+    torch.testing.assert_close(fused.gates_TK, other.gates_TK, rtol=0, atol=1e-6)
+
+
+def test_tokens_at_any_address():
+    """A view into other numbers, as of a buffer that is shared."""
+    x_TD, anchors_ED, temperature = inputs(70, 64, 32, dtype=torch.bfloat16)
+    moved_TD = torch.cat([x_TD.new_zeros(3), x_TD.flatten()])[3:].view_as(x_TD)
+    first, second = (
+        cosine_route(x, anchors_ED, temperature, 2, "all")[0] for x in (x_TD, moved_TD)
+    )
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
 
 
 def test_tokens_and_anchors_may_have_different_types():
@@ -177,8 +221,8 @@ def test_the_operator_keeps_torchs_contract(gate):
     chosen_by = selection(37, 24, True)
     operator = torch.ops.sra_kernels.cosine_route.default
     cosine_route(x_TD, anchors_ED, temperature, 2, "all")  # registers
-    torch.library.opcheck(operator, (x_TD, anchors_ED, temperature, 2, gate, *chosen_by))
-    torch.library.opcheck(operator, (x_TD, anchors_ED, temperature, 2, gate, None, None, None))
+    for selected in (chosen_by, Selection()):
+        torch.library.opcheck(operator, (x_TD, anchors_ED, temperature, 2, gate, False, *selected))
 
 
 def test_it_compiles_without_graph_breaks():
@@ -201,7 +245,7 @@ def test_autocast_is_kept_out():
     results = []
     for enabled in (False, True):
         own = leaves(tensors)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=enabled):
             routing, _ = cosine_route(*own, 2, "all")
             routing.lse_T.sum().backward()
         results.append([routing.lse_T, routing.gates_TK, *(tensor.grad for tensor in own)])

@@ -1,10 +1,10 @@
 // The kind of a tensor's numbers.
 #pragma once
 
-#include "../stable.h"
+#include "stable.h"
 #include "number.h"
 
-namespace sra::cpu {
+namespace sra {
 
 inline Number number_of(const Tensor& tensor) {
   const ScalarType type = tensor.scalar_type();
@@ -14,4 +14,4 @@ inline Number number_of(const Tensor& tensor) {
   return Number::kFloat;
 }
 
-}  // namespace sra::cpu
+}  // namespace sra

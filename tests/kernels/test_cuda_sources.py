@@ -1,0 +1,53 @@
+"""The CUDA sources compile, link and load where there is no GPU, and their kernels keep to registers."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from commands import ROOT, environment
+from sra_ds.ops.kernel_build import cuda_home
+
+pytestmark = pytest.mark.skipif(cuda_home() is None, reason="needs a CUDA toolkit")
+
+MOST_SECONDS = 300
+BEYOND = "Lanes<32, 128, 4>"
+"""Rows of 2,049 to 4,096 experts, the only ones that may need more registers than there are."""
+LOAD = "import sys, torch; torch.ops.load_library(sys.argv[1]); print(torch.ops.sra_kernels.cosine_route)"
+
+
+def build(out: Path, archs: str) -> dict:
+    ran = subprocess.run(
+        [sys.executable, ROOT / "tools" / "build_kernels.py", "--archs", archs, "--out", out, "--json"],
+        env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout)
+
+
+def check(out: Path, archs: str) -> None:
+    built = build(out, archs)
+    assert built["seconds"] < MOST_SECONDS
+    kernels = {(kernel["kernel"], kernel["arch"]): kernel for kernel in built["kernels"]}
+    every = archs.split(";")
+    common = [f"route_fused{way}<{tile}>" for tile in (64, 128, 256)
+              for way in (": forward", "_backward: backward")]  # fmt: skip
+    assert all((name, arch) in kernels for name in common for arch in every)
+    assert len(kernels) == len(built["kernels"]) >= 35 * len(every)
+    spilled = [key for key, kernel in kernels.items() if kernel["spilled"] and BEYOND not in key[0]]
+    assert not spilled
+    loaded = subprocess.run(
+        [sys.executable, "-c", LOAD, built["library"]], capture_output=True, text=True, check=False
+    )
+    assert loaded.stdout.strip() == "sra_kernels.cosine_route", loaded.stderr
+
+
+def test_they_compile_for_two_generations_without_spilling(tmp_path):
+    check(tmp_path, "86;90")
+
+
+@pytest.mark.slow
+def test_they_compile_for_every_generation_without_spilling(tmp_path):
+    check(tmp_path, "80;86;89;90;100")
