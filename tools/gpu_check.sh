@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, within ten minutes and without a network:
+# Everything that needs a GPU, without a network, in at most 17 minutes:
 #   tools/gpu_check.sh [OUT]        writes OUT/gpu_check.json (default: gpu_check/)
 #
-# Needs Python 3.12 and torch 2.11 or later with CUDA. Packages that are missing there are taken from
+# Needs Python 3.12, torch 2.11 or later with CUDA and, unless a library of the kernels for this GPU lies in
+# sra_ds/ (tools/build_kernels.py --archs 90 --out sra_ds), nvcc. Packages that are missing there come from
 # $WHEELS (default: wheels/), where you have put deepspeed's and the others that
 #   pip download --no-deps -d wheels/ deepspeed==0.19.8 ...
-# gives. RECIPES names the recipe and its dense twin, BATCH the windows of a step.
+# gives. RECIPES names the recipe and its dense twin, BATCH the windows of a step, PARTS the parts to run:
+# kernels router_tests router sanitizer races tests selftest backends (default: all).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${1:-gpu_check}
@@ -15,6 +17,7 @@ BATCH=${BATCH:-64}
 PYTHON=${PYTHON:-python3}
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
+rm -f "$OUT"/*.code
 if compgen -G "$WHEELS/*.whl" > /dev/null; then
     "$PYTHON" -m pip install -q --no-index --no-deps --upgrade --target "$OUT/site" "$WHEELS"/*.whl
     export PYTHONPATH="$OUT/site${PYTHONPATH:+:$PYTHONPATH}"
@@ -24,6 +27,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 part() { # name, seconds it may take, command
     local name=$1 limit=$2 start=$SECONDS
     shift 2
+    [[ -z ${PARTS:-} || " $PARTS " == *" $name "* ]] || return
     echo "== $name (at most $limit s)"
     timeout "$limit" "$@" > "$OUT/$name.out" 2> "$OUT/$name.err"
     local code=$?
@@ -31,6 +35,16 @@ part() { # name, seconds it may take, command
     echo "   exit $code after $((SECONDS - start)) s"
 }
 
+part kernels 120 env SRA_KERNELS=compiled "$PYTHON" -c \
+    'from sra_ds.ops.extension import extension as e; print(e().reason); exit("cuda" not in e().devices)'
+part router_tests 90 env SRA_TEST_DEVICE=cuda "$PYTHON" -m pytest -q tests/ops/test_cosine_route.py
+part router 60 "$PYTHON" tools/bench.py router --rounds 200 --json
+if command -v compute-sanitizer > /dev/null; then
+    part sanitizer 100 env SRA_TEST_DEVICE=cuda compute-sanitizer --error-exitcode 9 \
+        "$PYTHON" -m pytest -q tests/ops/test_cosine_route.py -k "short_numbers and all"
+    part races 100 env SRA_TEST_DEVICE=cuda compute-sanitizer --tool racecheck --error-exitcode 9 \
+        "$PYTHON" -m pytest -q tests/ops/test_cosine_route.py -k "short_numbers and all and 129"
+fi
 part tests 120 "$PYTHON" -m pytest -q -m gpu tests
 part selftest 150 "$PYTHON" tools/selftest.py --world 1 --kills 0 --json
 # shellcheck disable=SC2086
@@ -52,8 +66,9 @@ found = {
     "torch": torch.__version__,
     "python": platform.python_version(),
 }
-for name in ("tests", "selftest", "backends"):
-    code, seconds = (out / f"{name}.code").read_text().split()
+for path in sorted(out.glob("*.code")):
+    name = path.stem
+    code, seconds = path.read_text().split()
     text = (out / f"{name}.out").read_text()
     try:
         result = json.loads(text)

@@ -36,6 +36,8 @@ __global__ void __launch_bounds__(kThreads, E <= 32 ? 2 : 1)
     for (int h = 0; h < 2; ++h) {
       const bool live = first + h * 8 < tokens;
       const int64_t t = live ? first + h * 8 : tokens - 1;
+#pragma unroll
+      for (int i = 0; i < E / 2; ++i) computed_anew(sums[i / 4][i % 4]);  // one row after the other
       float v[Row::N];
       take_row<E>(sums, h, v);
       along[h] = route_row_backward<Row>(v, in.scaling.inverse_x_T[t], lane % 4, t, live, in, block.columns(),

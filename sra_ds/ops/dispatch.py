@@ -8,12 +8,16 @@ Both are permutations up to the factor K, so their backward passes are gathers t
 deterministic. Letters: T tokens, K routes per token, R = T*K routes, D width, E experts.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sra_ds.ops.extension import extension, register_operator
 from sra_ds.ops.precision import at_least_float32
+
+COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class DispatchPlan(NamedTuple):
@@ -39,14 +43,28 @@ def plan_dispatch(expert_ids_TK: Tensor, experts: int) -> DispatchPlan:
 
 def dispatch(x_TD: Tensor, plan: DispatchPlan) -> Tensor:
     """Rows of `x_TD`, one per route, in expert order: x_RD."""
-    result: Tensor = _Dispatch.apply(x_TD, plan.order_R, plan.inverse_R)
+    result: Tensor
+    if runs_compiled(x_TD):
+        result = torch.ops.sra_kernels.dispatch.default(x_TD.contiguous(), plan.inverse_R)
+    else:
+        result = _Dispatch.apply(x_TD, plan.order_R, plan.inverse_R)
     return result
 
 
 def combine(y_RD: Tensor, gates_TK: Tensor, plan: DispatchPlan) -> Tensor:
     """out_TD[t] = sum_k gates_TK[t, k] * y of that route, in float32 at least, in y's dtype."""
-    result: Tensor = _Combine.apply(y_RD, gates_TK, plan.order_R, plan.inverse_R)
+    result: Tensor
+    if runs_compiled(y_RD) and gates_TK.dtype == torch.float32:
+        operator = torch.ops.sra_kernels.combine.default
+        result = operator(y_RD.contiguous(), gates_TK.contiguous(), plan.inverse_R)
+    else:
+        result = _Combine.apply(y_RD, gates_TK, plan.order_R, plan.inverse_R)
     return result
+
+
+def runs_compiled(rows: Tensor) -> bool:
+    """Whether the compiled operators take these rows."""
+    return rows.dtype in COMPILED_DTYPES and _available_on(rows.device.type)
 
 
 def dispatch_reference(x_TD: Tensor, plan: DispatchPlan) -> Tensor:
@@ -96,3 +114,49 @@ class _Combine(torch.autograd.Function):
         gates_R = gates_TK.flatten().index_select(0, order_R)
         grad_RD = grad_TD.index_select(0, order_R // gates_TK.shape[1]) * gates_R.unsqueeze(-1)
         return grad_RD.to(rows_TKD.dtype), grad_gates_TK.to(gates_TK.dtype), None, None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _available_on(device_type: str) -> bool:
+    available = device_type == "cpu" and device_type in extension().devices
+    if available:
+        _register()
+    return available
+
+
+@functools.cache
+def _register() -> None:
+    register_operator(
+        "dispatch",
+        lambda x, place: x.new_empty(place.shape[0], x.shape[1]),
+        lambda grad, place, tokens: grad.new_empty(tokens, grad.shape[1]),
+        _dispatch_backward,
+        _keep_for_dispatch,
+    )
+    register_operator(
+        "combine",
+        lambda rows, gates, place: rows.new_empty(gates.shape[0], rows.shape[1]),
+        lambda grad, rows, gates, place: (torch.empty_like(rows), torch.empty_like(gates)),
+        _combine_backward,
+        _keep_for_combine,
+    )
+
+
+def _keep_for_dispatch(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    x_TD, place_R = inputs
+    ctx.tokens = x_TD.shape[0]
+    ctx.save_for_backward(place_R)
+
+
+def _dispatch_backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
+    operator = torch.ops.sra_kernels.dispatch_backward.default
+    return operator(grad_RD.contiguous(), *ctx.saved_tensors, ctx.tokens), None
+
+
+def _keep_for_combine(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _combine_backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None]:
+    operator = torch.ops.sra_kernels.combine_backward.default
+    return *operator(grad_TD.contiguous(), *ctx.saved_tensors), None

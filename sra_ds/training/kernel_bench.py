@@ -1,6 +1,7 @@
 """The routing operator and the experts against other ways to compute the same, in turn in one process.
 
-    router   compiled; `cosine_route_reference`; the usual chain of torch calls
+    router   compiled; `cosine_route_reference`; the usual chain of torch calls; on a GPU also `unfused`,
+             the kernels that take any number of experts, and what is timed are replays of a CUDA graph
     experts  compiled; torch's grouped products; a loop over experts; DeepSpeed's AutoEP experts (SwiGLU
              of equal size); and the products of the same FLOPs as large matrices, the ceiling
 
@@ -20,7 +21,7 @@ from deepspeed.moe.ep_experts import GroupedExperts as AutoEPExperts
 from torch import Tensor
 from tqdm import tqdm
 
-from sra_ds.ops.cosine_route import cosine_route, cosine_route_reference
+from sra_ds.ops.cosine_route import GATES, cosine_route, cosine_route_reference
 from sra_ds.ops.extension import extension, use_kernels
 from sra_ds.ops.feed_forward import Weights, feed_forward, feed_forward_reference
 
@@ -49,7 +50,7 @@ class ExpertsSize(NamedTuple):
     experts: int
 
 
-ROUTER = [RouterSize(8192, 512, 128, 2)]
+ROUTER = {"cpu": [RouterSize(8192, 512, 128, 2)], "cuda": [RouterSize(65536, 512, 128, 2)]}
 ROUTER_GRID = [
     RouterSize(8192, *size)
     for size in itertools.product((256, 512, 1024, 2048), (16, 128, 1024), (1, 2, 8))
@@ -64,31 +65,64 @@ def bench_kernels(what: str, rounds: int) -> dict[str, Any]:
     os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "16384"
     if what == "experts":
         return bench_experts(EXPERTS, rounds)
-    return bench_router(ROUTER if what == "router" else ROUTER_GRID, rounds)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device(device):
+        return bench_router(ROUTER[device] if what == "router" else ROUTER_GRID, rounds, device)
 
 
-def medians(variants: dict[str, Work], rounds: int) -> dict[str, float]:
+def medians(variants: dict[str, Work], rounds: int, device: str = "cpu") -> dict[str, float]:
     """Milliseconds of each, one after the other in every round."""
+    if device == "cuda":
+        variants = {name: _recorded(work) for name, work in variants.items()}
+    milliseconds = _device_milliseconds if device == "cuda" else _milliseconds
     times: dict[str, list[float]] = {name: [] for name in variants}
     for number in tqdm(range(rounds + WARM_UP), "rounds", leave=False):
         for name, work in variants.items():
-            start = time.perf_counter()
-            work()
+            found = milliseconds(work)
             if number >= WARM_UP:
-                times[name].append(1e3 * (time.perf_counter() - start))
+                times[name].append(found)
     return {name: statistics.median(found) for name, found in times.items()}
 
 
-def bench_router(sizes: list[RouterSize], rounds: int) -> dict[str, Any]:
+def _milliseconds(work: Work) -> float:
+    start = time.perf_counter()
+    work()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _device_milliseconds(work: Work) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end))
+
+
+def _recorded(work: Work) -> Work:
+    """The same as a CUDA graph, so that the GPU does not wait for Python."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            work()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+def bench_router(sizes: list[RouterSize], rounds: int, device: str = "cpu") -> dict[str, Any]:
     """Forward, and forward with backward, of every size."""
     results = {}
     for size, dtype, backward in itertools.product(sizes, DTYPES, (False, True)):
-        found = medians(_routers(size, dtype, backward), rounds)
+        found = medians(_routers(size, dtype, backward, device), rounds, device)
         results[_name(size, dtype, "with backward" if backward else "forward")] = {
             "milliseconds": found,
             "chain_over_compiled": found["chain"] / found["compiled"],
         }
-    return {"kernels": extension().reason, "threads": torch.get_num_threads(), **results}
+    where = torch.cuda.get_device_name() if device == "cuda" else torch.get_num_threads()
+    return {"kernels": extension().reason, "threads or GPU": where, **results}
 
 
 def _name(size: RouterSize | ExpertsSize, dtype: torch.dtype, what: str) -> str:
@@ -96,7 +130,7 @@ def _name(size: RouterSize | ExpertsSize, dtype: torch.dtype, what: str) -> str:
     return f"{sizes}, {str(dtype).removeprefix('torch.')}, {what}"
 
 
-def _routers(size: RouterSize, dtype: torch.dtype, backward: bool) -> dict[str, Work]:
+def _routers(size: RouterSize, dtype: torch.dtype, backward: bool, device: str) -> dict[str, Work]:
     x_TD = torch.randn(size.tokens, size.width).to(dtype).requires_grad_(backward)
     anchors_ED = torch.randn(size.experts, size.width).to(dtype).requires_grad_(backward)
     temperature = torch.full((1,), 10.0, requires_grad=backward)
@@ -115,11 +149,23 @@ def _routers(size: RouterSize, dtype: torch.dtype, backward: bool) -> dict[str, 
 
         return route
 
-    return {
+    variants: dict[str, Work] = {
         "compiled": lambda: run(ours(cosine_route)),
         "reference": lambda: run(ours(cosine_route_reference)),
         "chain": lambda: run(_chain),
     }
+    if device == "cuda":
+        variants["unfused"] = lambda: run(_unfused)
+    return variants
+
+
+def _unfused(x: Tensor, anchors: Tensor, tau: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The compiled operator by the kernels that read dot products."""
+    gate, fused = GATES.index("all"), False
+    gates_TK, _, _, mean_probs_E, *_ = torch.ops.sra_kernels.cosine_route.default(
+        x, anchors, tau, top_k, gate, fused, None, None, None
+    )
+    return gates_TK, mean_probs_E
 
 
 def _chain(x: Tensor, anchors: Tensor, tau: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -127,7 +173,10 @@ def _chain(x: Tensor, anchors: Tensor, tau: Tensor, top_k: int) -> tuple[Tensor,
     scores = tau * (F.normalize(x.float(), dim=-1) @ F.normalize(anchors.float(), dim=-1).T)
     probs = scores.softmax(-1)
     gates, ids = probs.topk(top_k, -1)
-    torch.bincount(ids.flatten(), minlength=len(anchors))
+    if ids.is_cuda:  # bincount would wait for the device
+        ids.new_zeros(len(anchors)).scatter_add_(0, ids.flatten(), torch.ones_like(ids).flatten())
+    else:
+        torch.bincount(ids.flatten(), minlength=len(anchors))
     return gates / gates.sum(-1, keepdim=True), probs.mean(0)
 
 

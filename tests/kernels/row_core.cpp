@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/cosine_route.h"
+#include "lanes.h"
 
 using namespace sra;
 
@@ -106,6 +107,54 @@ void test_row(int experts, int k, int kind) {
   for (int e = 0; e < experts; ++e) CHECK(std::abs(probs[e] - std::exp(scores[e] - lse_of(scores))) < 1e-6);
 }
 
+// The search of the best over lanes as a warp does it, exchanging candidates between lanes i and i ^ o.
+template <class Row>
+void test_lanes(int experts, int k, int kind) {
+  static_assert((Row::L & (Row::L - 1)) == 0 && Row::N % Row::V == 0);
+  std::vector<float> scores(experts);
+  for (float& s : scores) s = kind == 0 ? normal() : std::round(2 * normal()) / 2;
+  if (kind == 2) std::fill(scores.begin(), scores.end(), 0.25f);
+  if (kind == 3)
+    for (float special : {kNan, -kInf, kInf, kNan}) scores[engine() % experts] = special;
+  std::vector<int> order(experts);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
+    return competing(scores[a]) > competing(scores[b]);
+  });
+  float held[Row::L][Row::N];
+  std::vector<int> holders(Row::kColumns, 0);
+  for (int lane = 0; lane < Row::L; ++lane)
+    for (int j = 0; j < Row::N; ++j) {
+      const int e = Row::column(lane, j);
+      ++holders[e];
+      held[lane][j] = e < experts ? scores[e] : kNan;
+    }
+  CHECK(std::all_of(holders.begin(), holders.end(), [](int count) { return count == 1; }));
+  Candidate last = before_all();
+  for (int round = 0; round < k; ++round) {
+    std::vector<Candidate> best;
+    for (int lane = 0; lane < Row::L; ++lane)
+      best.push_back(best_after<Row>(held[lane], lane, experts, last,
+                                     [&](int j, int) { return competing(held[lane][j]); }));
+    for (int o = Row::L / 2; o > 0; o /= 2) {
+      const std::vector<Candidate> before = best;
+      for (int lane = 0; lane < Row::L; ++lane) best[lane] = better_of(before[lane], before[lane ^ o]);
+    }
+    for (const Candidate& found : best) {
+      CHECK(found.id == order[round] && found.value == competing(scores[order[round]]));
+      CHECK(found.score == scores[order[round]] || std::isnan(scores[order[round]]));
+    }
+    last = best[0];
+  }
+}
+
+template <class Row>
+void test_lanes_of_every_width() {
+  for (int experts : {1, 2, Row::kColumns / 2 + 1, Row::kColumns - 1, Row::kColumns})
+    for (int k : {1, 2, 3, 8, 16})
+      for (int repeat = 0; k <= experts && repeat < 40; ++repeat) test_lanes<Row>(experts, k, repeat % 4);
+}
+
 int main() {
   test_order();
   for (Gate gate : {kSelected, kAll, kStraightThrough})
@@ -115,5 +164,13 @@ int main() {
   for (int experts : {1, 7, 15, 16, 17, 31, 64, 100, 1000, 4096})
     for (int k : {1, 2, 5, 16})
       for (int repeat = 0; k <= experts && repeat < 50; ++repeat) test_row(experts, k, repeat % 4);
+  test_lanes_of_every_width<Lanes<4, 8, 4>>();  // rows in memory
+  test_lanes_of_every_width<Lanes<8, 16, 4>>();
+  test_lanes_of_every_width<Lanes<16, 16, 4>>();
+  test_lanes_of_every_width<Lanes<32, 32, 4>>();
+  test_lanes_of_every_width<Lanes<32, 128, 4>>();
+  test_lanes_of_every_width<Lanes<4, 8, 2>>();  // rows of a matrix instruction
+  test_lanes_of_every_width<Lanes<4, 32, 2>>();
+  test_lanes_of_every_width<Lanes<4, 64, 2>>();
   std::puts("all correct");
 }

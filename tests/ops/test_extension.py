@@ -10,6 +10,7 @@ import torch
 
 from commands import environment
 from sra_ds.errors import ConfigError
+from sra_ds.ops import extension as extension_module
 from sra_ds.ops import kernel_build
 from sra_ds.ops.cosine_route import runs_compiled
 from sra_ds.ops.extension import extension, use_kernels
@@ -84,3 +85,107 @@ def test_inputs_it_does_not_take_go_to_the_reference():
     assert not runs_compiled(wide, torch.randn(2, 4), 1)
     assert not runs_compiled(torch.randn(3, 4), torch.randn(4097, 4), 1)
     assert not runs_compiled(torch.randn(3, 4), torch.randn(40, 4), 17)
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "served"),
+    [
+        ("80", (8, 0), True), ("80", (8, 6), True), ("86", (8, 0), False), ("80", (9, 0), False),
+        ("80+PTX", (9, 0), True), ("90+PTX", (8, 9), False), ("80;90+PTX", (12, 0), True),
+        ("100", (10, 3), True), ("", (8, 0), False),
+    ],
+)  # fmt: skip
+def test_code_runs_on_gpus_of_its_generation_and_ptx_on_later_ones(archs, capability, served):
+    parsed = kernel_build.parse_archs(archs)
+    assert kernel_build.serves(parsed, capability) == served
+    assert kernel_build.archs_of(Path(kernel_build.library_name(parsed))) == parsed
+
+
+@pytest.mark.parametrize("archs", ["70", "sm_90", "90+ptx", "9.0"])
+def test_architectures_that_are_none_are_refused(archs):
+    with pytest.raises(
+        kernel_build.BuildError, match=r"expected numbers from 80 on, as 80;90\+PTX"
+    ):
+        kernel_build.parse_archs(archs)
+
+
+@pytest.mark.parametrize(
+    ("asked", "torch_has_cuda", "toolkit", "archs", "reason"),
+    [
+        ("0", True, Path("/cuda"), (), "SRA_CUDA=0"),
+        ("auto", False, Path("/cuda"), (), "this torch has no CUDA"),
+        ("auto", True, None, (), "there is no CUDA toolkit (CUDA_HOME)"),
+        ("1", False, None, (), "there is no CUDA toolkit (CUDA_HOME)"),
+        ("auto", True, Path("/cuda"), ("86", "90+PTX"), ""),
+        ("1", False, Path("/cuda"), ("86", "90+PTX"), ""),
+    ],
+)  # fmt: skip
+def test_what_is_built_for_gpus(monkeypatch, asked, torch_has_cuda, toolkit, archs, reason):
+    monkeypatch.setenv("SRA_CUDA", asked)
+    monkeypatch.setenv("SRA_CUDA_ARCHS", "86; 90+PTX")
+    monkeypatch.setattr(kernel_build, "_torch_has_cuda", lambda: torch_has_cuda)
+    monkeypatch.setattr(kernel_build, "cuda_home", lambda: toolkit)
+    assert kernel_build.wanted() == (archs, reason)
+
+
+def test_a_wish_that_makes_no_sense_leaves_the_kernels_for_cpus(monkeypatch, tmp_path):
+    monkeypatch.setenv("SRA_CUDA", "yes")
+    monkeypatch.setattr(kernel_build, "build", lambda folder, archs: folder / str(archs))
+    built = kernel_build.build_what_is_wanted(tmp_path)
+    assert built == (tmp_path / "()", "SRA_CUDA=yes: expected 0, 1 or auto")
+
+
+@pytest.fixture
+def libraries(monkeypatch, tmp_path):
+    """An installation and a cache of libraries that are names alone, and what a compiler would give."""
+
+    def arrange(installed: list[str], cached: list[str], built: str | Exception):
+        cache = tmp_path / "cache" / "sra_ds" / "kernels"
+        package = tmp_path / "package"
+        for folder, names in ((package, installed), (cache, cached)):
+            folder.mkdir(parents=True)
+            for archs in names:
+                (folder / kernel_build.library_name(kernel_build.parse_archs(archs))).touch()
+
+        def build_what_is_wanted(folder):
+            if isinstance(built, Exception):
+                raise built
+            archs = kernel_build.parse_archs(built)
+            why = "" if archs else "no toolkit"
+            return folder / kernel_build.library_name(archs), why
+
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.setattr(extension_module, "PACKAGE", package)
+        monkeypatch.setattr(extension_module, "build_what_is_wanted", build_what_is_wanted)
+
+    return arrange
+
+
+BROKEN = kernel_build.BuildError("nvcc fails")
+
+
+@pytest.mark.parametrize(
+    ("installed", "cached", "built", "capability", "archs", "how"),
+    [
+        ([""], [], BROKEN, None, "", "installed with the package"),
+        (["90"], [], BROKEN, None, "90", "installed with the package"),
+        (["80;90"], [], BROKEN, (8, 6), "80;90", "installed with the package"),
+        ([""], ["86"], BROKEN, (8, 6), "86", "built on this machine before"),
+        ([""], ["90"], "86", (8, 6), "86", "built on first use"),
+        ([""], [], BROKEN, (8, 6), "", "installed with the package; not for this GPU: nvcc fails"),
+        ([""], [], "", (8, 6), "", "built on first use; not for this GPU: no toolkit"),
+        ([], [], "90", (8, 6), "90", "built on first use; not for this GPU: SRA_CUDA_ARCHS names others"),
+    ],
+)  # fmt: skip
+def test_the_library_that_serves_the_gpu_is_chosen(
+    libraries, installed, cached, built, capability, archs, how
+):
+    libraries(installed, cached, built)
+    path, found = extension_module._library(capability)
+    assert (";".join(kernel_build.archs_of(path)), found) == (archs, how)
+
+
+def test_nothing_to_load_and_nothing_to_build_is_an_error(libraries):
+    libraries([], [], BROKEN)
+    with pytest.raises(kernel_build.BuildError, match="nvcc fails"):
+        extension_module._library((8, 6))
