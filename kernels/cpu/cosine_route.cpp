@@ -158,9 +158,10 @@ SRA_CLONES void route_rows_backward(const Scores& in, const Upstream& upstream, 
                                     const int64_t* ids_TK, const float* lse_T, int64_t first, int64_t last,
                                     void* grad_TE, Number type, float* along_x_T, float* cosines_E) {
   const int E = in.experts, K = in.top_k;
+  const float *inverse_a = in.inverse_a_E, *scale = in.scale_E, *grad_probs = upstream.probs_E;
   alignas(64) float cosine[kMaxExperts], power[kMaxExperts], column[kMaxExperts], narrow[kMaxExperts];
 #pragma omp simd
-  for (int e = 0; e < E; ++e) column[e] = in.inverse_a_E[e] * in.scale_E[e];
+  for (int e = 0; e < E; ++e) column[e] = inverse_a[e] * scale[e];
   for (int64_t t = first; t < last; ++t) {
     const float* dots = in.dots_TE + t * E;
     const int64_t* ids = ids_TK + t * K;
@@ -169,23 +170,23 @@ SRA_CLONES void route_rows_backward(const Scores& in, const Upstream& upstream, 
     float along_probs = 0.0f;
 #pragma omp simd reduction(+ : along_probs)
     for (int e = 0; e < E; ++e) {
-      cosine[e] = dots[e] * inverse_x * in.inverse_a_E[e];
-      power[e] = exp_negative(cosine[e] * in.scale_E[e] - lse);
-      along_probs += power[e] * upstream.probs_E[e];
+      cosine[e] = dots[e] * inverse_x * inverse_a[e];
+      power[e] = exp_negative(cosine[e] * scale[e] - lse);
+      along_probs += power[e] * grad_probs[e];
     }
     float score[kMaxTopK], chosen[kMaxTopK];
-    for (int j = 0; j < K; ++j) score[j] = cosine[ids[j]] * in.scale_E[ids[j]];
+    for (int j = 0; j < K; ++j) score[j] = cosine[ids[j]] * scale[ids[j]];
     const float spread = gate_gradient(in.gate, score, lse, K, upstream.gates_TK + t * K, chosen);
     const float everywhere = upstream.lse_T[t] - valid * along_probs - spread;
     float* out = type == Number::kFloat ? static_cast<float*>(grad_TE) + t * E : narrow;
 #pragma omp simd
-    for (int e = 0; e < E; ++e) out[e] = power[e] * (valid * upstream.probs_E[e] + everywhere);
+    for (int e = 0; e < E; ++e) out[e] = power[e] * (valid * grad_probs[e] + everywhere);
     for (int j = 0; j < K; ++j) out[ids[j]] += chosen[j];
     float along_x = 0.0f;
 #pragma omp simd reduction(+ : along_x)
     for (int e = 0; e < E; ++e) {
       const float with_cosine = out[e] * cosine[e];
-      along_x += with_cosine * in.scale_E[e];
+      along_x += with_cosine * scale[e];
       cosines_E[e] += with_cosine;
       out[e] *= inverse_x * column[e];
     }

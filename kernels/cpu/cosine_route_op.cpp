@@ -14,17 +14,22 @@ namespace {
 
 namespace stable = torch::stable;
 
-constexpr int64_t kChunk = 256;
+constexpr int64_t kChunk = 512, kMostChunks = 64;
+constexpr int64_t kMostParts = 16 << 20;  // numbers in the chunks' shares of the anchors' gradient
 
+// Rows in chunks whose number and size depend on nothing but the number of rows.
 struct Chunks {
-  int64_t rows, count;
-  explicit Chunks(int64_t rows) : rows(rows), count((rows + kChunk - 1) / kChunk) {}
+  int64_t rows, each_rows, count;
+  explicit Chunks(int64_t rows)
+      : rows(rows),
+        each_rows((rows + kMostChunks * kChunk - 1) / (kMostChunks * kChunk) * kChunk),
+        count(rows == 0 ? 0 : (rows + each_rows - 1) / each_rows) {}
 
   // body(chunk, first row, last row), chunks in parallel.
   template <class Body>
   void each(const Body& body) const {
     stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) body(c, c * kChunk, std::min(rows, (c + 1) * kChunk));
+      for (int64_t c = begin; c < end; ++c) body(c, c * each_rows, std::min(rows, (c + 1) * each_rows));
     });
   }
 
@@ -54,6 +59,20 @@ Scores scores_of(const Tensor& dots, const Tensor& inverse_x, const Tensor& inve
           1.0f / kNormEps,   static_cast<int>(dots.size(1)), static_cast<int>(top_k), static_cast<Gate>(gate)};
 }
 
+Tensor transposed(const Tensor& matrix) { return stable::transpose(matrix, 0, 1); }
+
+// The sum of float32 matrices of one shape, in their order, in place of the first.
+Tensor sum_of(const std::vector<Tensor>& matrices) {
+  stable::parallel_for(0, matrices[0].numel(), 4096, [&](int64_t first, int64_t last) {
+    float* sum = data<float>(matrices[0]);
+    for (size_t i = 1; i < matrices.size(); ++i) {
+      const float* part = data<float>(matrices[i]);
+      for (int64_t j = first; j < last; ++j) sum[j] += part[j];
+    }
+  });
+  return matrices[0];
+}
+
 const void* row_of(const Tensor& matrix, int64_t row) {
   return static_cast<const char*>(matrix.data_ptr()) + row * matrix.size(1) * matrix.element_size();
 }
@@ -67,7 +86,7 @@ Routed cosine_route(const Tensor& x, const Tensor& anchors, const Tensor& temper
   const int64_t T = x.size(0), D = x.size(1), E = anchors.size(0);
   const Number number = number_of(x);
   const Tensor x_plain = detached(x), anchors_wide = detached(to_float(anchors));
-  const Tensor anchors_DE = stable::transpose(anchors_wide, 0, 1);
+  const Tensor anchors_DE = transposed(anchors_wide);
   Tensor dots = empty(anchors_wide, {T, E}), ids = empty(dots, {T, top_k}, ScalarType::Long);
   Tensor gates = empty(dots, {T, top_k}), load = empty(dots, {E}), mean_probs = empty(dots, {E});
   Tensor valid_count = empty(dots, {1});
@@ -126,6 +145,8 @@ RouteGradients cosine_route_backward(const Tensor& grad_gates, const Tensor& gra
 
   Tensor grad_dots = empty(dots, {T, E}, type), grad_x = stable::empty_like(x);
   const Chunks chunks(T);
+  const bool in_parts = result == Number::kFloat && chunks.count > 1 && chunks.count * E * D <= kMostParts;
+  std::vector<Tensor> anchor_parts(in_parts ? chunks.count : 0);
   std::vector<float> parts(chunks.count * E, 0.0f);
   chunks.each([&](int64_t c, int64_t first, int64_t last) {
     route_rows_backward(scores, upstream, valid_T, data<int64_t>(ids), data<float>(lse), first, last,
@@ -133,10 +154,11 @@ RouteGradients cosine_route_backward(const Tensor& grad_gates, const Tensor& gra
     const Tensor through_dots = product(rows(grad_dots, first, last), factor_ED);
     subtract_along(through_dots.data_ptr(), result, row_of(x, first), number, &along_x[first], last - first,
                    D, const_cast<void*>(row_of(grad_x, first)));
+    if (in_parts) anchor_parts[c] = product(transposed(rows(grad_dots, first, last)), rows(factor_TD, first, last));
   });
   const std::vector<float> cosines = chunks.sum(parts, E);
 
-  const Tensor through_dots = product(stable::transpose(grad_dots, 0, 1), factor_TD);
+  const Tensor through_dots = in_parts ? sum_of(anchor_parts) : product(transposed(grad_dots), factor_TD);
   Tensor grad_anchors = stable::empty_like(anchors);
   Tensor grad_temperature = zeros(temperature, {temperature.size(0)});
   std::vector<float> along_a(E);

@@ -86,14 +86,15 @@ class _Dispatch(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
         ctx.save_for_backward(inverse_R)
         ctx.tokens = x_TD.shape[0]
-        routes_per_token = order_R.shape[0] // max(x_TD.shape[0], 1)
-        return x_TD.index_select(0, order_R // max(routes_per_token, 1))
+        ctx.routes_per_token = order_R.shape[0] // max(ctx.tokens, 1)
+        return x_TD.index_select(0, order_R // max(ctx.routes_per_token, 1))
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
         (inverse_R,) = ctx.saved_tensors
         rows_RD = grad_RD.index_select(0, inverse_R)
-        return rows_RD.view(ctx.tokens, -1, grad_RD.shape[1]).sum(1), None, None
+        rows_TKD = rows_RD.view(ctx.tokens, ctx.routes_per_token, grad_RD.shape[1])
+        return rows_TKD.sum(1), None, None
 
 
 class _Combine(torch.autograd.Function):

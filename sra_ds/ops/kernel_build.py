@@ -24,7 +24,7 @@ from typing import NamedTuple
 PACKAGE = Path(__file__).resolve().parents[1]
 STABLE_ABI = "0x020b000000000000"
 """torch 2.11, the oldest that can load the library."""
-FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fopenmp-simd -fno-math-errno"
+FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fopenmp-simd -fno-math-errno -fno-trapping-math"
 CUDA_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v"
 OLDEST_ARCH = 80
 """bfloat16 matrix instructions and copies in the background begin there."""

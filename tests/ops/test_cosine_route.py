@@ -83,7 +83,7 @@ def compare(tensors, top_k, gate, chosen_by, tolerance) -> None:
     assert torch.equal(found.expert_ids_TK, expected.expert_ids_TK)
     assert torch.equal(found.load_E.double(), expected.load_E)
     assert found.valid_count == expected.valid_count
-    torch.testing.assert_close(found.gates_TK.double(), expected.gates_TK, rtol=0, atol=2e-6)
+    torch.testing.assert_close(found.gates_TK.double(), expected.gates_TK, rtol=0, atol=1e-6)
     torch.testing.assert_close(
         found.mean_probs_E.double(), expected.mean_probs_E, rtol=0, atol=1e-6
     )

@@ -1,5 +1,7 @@
 """Dispatch and combine against plain indexing."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +13,9 @@ from sra_ds.ops.dispatch import (
     dispatch,
     dispatch_reference,
     plan_dispatch,
+    runs_compiled,
 )
+from sra_ds.ops.extension import extension, use_kernels
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -22,6 +26,15 @@ sizes = pytest.mark.parametrize("tokens", [1, 63, 130])
 top_ks = pytest.mark.parametrize("top_k", [1, 2, EXPERTS])
 loads = pytest.mark.parametrize("load", ["mixed", "one_empty", "all_on_one"])
 dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+
+
+@pytest.fixture(params=["compiled", "reference"], autouse=True)
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The compiled operators, and the torch functions that run where they do not."""
+    with use_kernels("auto" if request.param == "compiled" else "reference"):
+        if request.param == "compiled" and "cpu" not in extension().devices:
+            pytest.skip(extension().reason)
+        yield request.param
 
 
 def expert_ids(tokens: int, top_k: int, load: str) -> Tensor:
@@ -120,3 +133,50 @@ def test_bf16_rows_are_summed_in_float32() -> None:
     assert y_RD.grad is not None and y_RD.grad.dtype == torch.bfloat16
     assert gates_TK.grad is not None and gates_TK.grad.dtype == torch.float32
     assert y_RD.grad.isfinite().all() and gates_TK.grad.isfinite().all()
+
+
+def test_short_numbers_are_rounded_once() -> None:
+    for dtype, rounding in ((torch.bfloat16, 2**-8), (torch.float16, 2**-11)):
+        plan = plan_dispatch(expert_ids(130, 2, "mixed"), EXPERTS)
+        (x_TD,) = leaves(torch.randn(130, 300).to(dtype))
+        rows_RD = dispatch(x_TD, plan)
+        assert torch.equal(rows_RD, dispatch_reference(x_TD, plan))
+        weights_RD = torch.randn_like(rows_RD)
+        rows_RD.backward(weights_RD)
+        exact_TD = weights_RD.double()[plan.inverse_R].view(130, 2, 300).sum(1)
+        torch.testing.assert_close(x_TD.grad.double(), exact_TD, rtol=rounding, atol=1e-6)
+
+
+def test_no_tokens() -> None:
+    plan = plan_dispatch(torch.zeros(0, 2, dtype=torch.int64), EXPERTS)
+    x_TD, gates_TK = leaves(torch.zeros(0, WIDTH), torch.zeros(0, 2))
+    out_TD = combine(dispatch(x_TD, plan), gates_TK, plan)
+    out_TD.sum().backward()
+    assert out_TD.shape == x_TD.grad.shape == (0, WIDTH) and gates_TK.grad.shape == (0, 2)
+
+
+def test_the_compiled_operators_keep_torchs_contract(kernels: str) -> None:
+    if kernels == "reference":
+        pytest.skip("the torch functions are no operators")
+    plan = plan_dispatch(expert_ids(33, 2, "mixed"), EXPERTS)
+    x_TD, gates_TK = leaves(torch.randn(33, 20), torch.rand(33, 2))
+    assert runs_compiled(x_TD)
+    operators = torch.ops.sra_kernels
+    torch.library.opcheck(operators.dispatch.default, (x_TD, plan.inverse_R))
+    rows_RD = torch.randn(66, 20, requires_grad=True)
+    torch.library.opcheck(operators.combine.default, (rows_RD, gates_TK, plan.inverse_R))
+
+    def layer(x_TD: Tensor, gates_TK: Tensor) -> Tensor:
+        return combine(dispatch(x_TD, plan).tanh(), gates_TK, plan)
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x_TD, gates_TK), layer(x_TD, gates_TK))
+
+
+def test_rows_that_are_not_contiguous() -> None:
+    plan = plan_dispatch(expert_ids(40, 2, "mixed"), EXPERTS)
+    wide_TD = torch.randn(40, 2 * WIDTH)[:, ::2]
+    assert torch.equal(dispatch(wide_TD, plan), dispatch_reference(wide_TD, plan))
+    y_RD, gates_TK = torch.randn(WIDTH, 80).T, torch.rand(2, 40).T
+    near = combine_reference(y_RD, gates_TK, plan)
+    torch.testing.assert_close(combine(y_RD, gates_TK, plan), near)
