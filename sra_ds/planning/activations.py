@@ -104,7 +104,7 @@ def _hidden(config: FeedForwardConfig, case: Case, experts: bool = False) -> flo
     """2 F for GELU (before and after it), 4 F for SwiGLU (gate before and after SiLU, up, their product),
     and the mask of a dropout."""
     count = 2 if isinstance(config, GeluConfig) else 4
-    if experts and case.compiled and not config.dropout:
+    if experts and case.compiled and case.device == "cpu" and not config.dropout:
         count //= 2  # only before the activation
     return config.hidden * (count * case.width + (_mask(case) if config.dropout else 0))
 

@@ -3,7 +3,8 @@
     router   compiled; `cosine_route_reference`; the usual chain of torch calls; on a GPU also `unfused`,
              the kernels that take any number of experts, and what is timed are replays of a CUDA graph
     experts  compiled; torch's grouped products; a loop over experts; DeepSpeed's AutoEP experts (SwiGLU
-             of equal size); and the products of the same FLOPs as large matrices, the ceiling
+             of equal size); and the products of the same FLOPs as large matrices, the ceiling; and what
+             lies around them, dispatch and combine of two routes per token, compiled and in torch
 
 Times are medians over rounds; what counts are ratios within a run.
 """
@@ -22,11 +23,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sra_ds.ops.cosine_route import GATES, cosine_route, cosine_route_reference
+from sra_ds.ops.dispatch import combine, dispatch, plan_dispatch
 from sra_ds.ops.extension import extension, use_kernels
 from sra_ds.ops.feed_forward import Weights, feed_forward, feed_forward_reference
 
 Work = Callable[[], object]
 WARM_UP = 2
+ROUTES = 2
 SKEW = 1.5
 """Concentration of the Dirichlet distribution loads are drawn from: the fullest of 128 experts has about
 four times the mean."""
@@ -191,6 +194,7 @@ def bench_experts(sizes: list[ExpertsSize], rounds: int) -> dict[str, Any]:
             "milliseconds": found,
             "grouped_over_compiled": found["grouped"] / found["compiled"],
             "of_ceiling": {name: found["ceiling"] / ms for name, ms in found.items()},
+            "dispatch_and_combine": medians(_around(size, dtype), rounds),
         }
     return {"kernels": extension().reason, "threads": torch.get_num_threads(), **results}
 
@@ -252,6 +256,22 @@ def _experts(size: ExpertsSize, dtype: torch.dtype, counts_E: Tensor) -> dict[st
         "autoep": lambda: run(autoep),
         "ceiling": lambda: _six_products(x_RD, left_RF, up[0], down[0]),
     }
+
+
+def _around(size: ExpertsSize, dtype: torch.dtype) -> dict[str, Work]:
+    tokens = size.rows // ROUTES
+    x_TD = torch.randn(tokens, size.width).to(dtype).requires_grad_()
+    upstream_TD = torch.randn(tokens, size.width).to(dtype)
+    gates_TK = torch.rand(tokens, ROUTES, requires_grad=True)
+    ids_TK = torch.rand(tokens, size.experts).topk(ROUTES).indices
+
+    def run(kernels: str) -> None:
+        with use_kernels(kernels):
+            plan = plan_dispatch(ids_TK, size.experts)
+            combine(dispatch(x_TD, plan), gates_TK, plan).backward(upstream_TD)
+        x_TD.grad = gates_TK.grad = None
+
+    return {"compiled": lambda: run("compiled"), "torch": lambda: run("reference")}
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import pytest
 from commands import ROOT, environment
 from sra_ds.ops.kernel_build import cuda_home
 
-pytestmark = pytest.mark.skipif(cuda_home() is None, reason="needs a CUDA toolkit")
+needs_toolkit = pytest.mark.skipif(cuda_home() is None, reason="needs a CUDA toolkit")
 
 MOST_SECONDS = 300
 BEYOND = "Lanes<32, 128, 4>"
@@ -18,17 +18,17 @@ BEYOND = "Lanes<32, 128, 4>"
 LOAD = "import sys, torch; torch.ops.load_library(sys.argv[1]); print(torch.ops.sra_kernels.cosine_route)"
 
 
-def build(out: Path, archs: str) -> dict:
-    ran = subprocess.run(
-        [sys.executable, ROOT / "tools" / "build_kernels.py", "--archs", archs, "--out", out, "--json"],
-        env=environment(), capture_output=True, text=True, check=False,
+def build(out: Path, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, ROOT / "tools" / "build_kernels.py", *options, "--out", out, "--json"],
+        env=environment() | variables, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr
-    return json.loads(ran.stdout)
 
 
 def check(out: Path, archs: str) -> None:
-    built = build(out, archs)
+    ran = build(out, "--archs", archs)
+    assert ran.returncode == 0, ran.stderr
+    built = json.loads(ran.stdout)
     assert built["seconds"] < MOST_SECONDS
     kernels = {(kernel["kernel"], kernel["arch"]): kernel for kernel in built["kernels"]}
     every = archs.split(";")
@@ -44,10 +44,25 @@ def check(out: Path, archs: str) -> None:
     assert loaded.stdout.strip() == "sra_kernels.cosine_route", loaded.stderr
 
 
+@needs_toolkit
 def test_they_compile_for_two_generations_without_spilling(tmp_path):
     check(tmp_path, "86;90")
 
 
+@needs_toolkit
 @pytest.mark.slow
 def test_they_compile_for_every_generation_without_spilling(tmp_path):
     check(tmp_path, "80;86;89;90;100")
+
+
+@pytest.mark.parametrize(
+    ("options", "variables", "said"),
+    [
+        (["--archs", "75"], {}, "error: CUDA architecture 75: expected numbers from 80 on, as 80;90+PTX"),
+        ([], {"SRA_CUDA": "yes"}, "error: SRA_CUDA=yes: expected 0, 1 or auto"),
+        ([], {"CXX": "no-such-compiler"}, "error: no C++ compiler"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_built_is_refused_in_one_line(tmp_path, options, variables, said):
+    ran = build(tmp_path, *options, **variables)
+    assert (ran.returncode, ran.stdout, ran.stderr.strip()) == (2, "", said)
