@@ -6,6 +6,7 @@ which GPUs they are compiled, as sra_ds/ops/kernel_build.py explains.
 """
 
 import importlib.util
+import os
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-SPEC = importlib.util.spec_from_file_location("b", ROOT / "sra_ds" / "ops" / "kernel_build.py")
+SPEC = importlib.util.spec_from_file_location(
+    "kernel_build", ROOT / "sra_ds" / "ops" / "kernel_build.py"
+)
 kernel_build = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(kernel_build)
 
@@ -25,11 +28,13 @@ class BuildKernels(build_ext):
     library = kernel_build.library_name()
 
     def run(self) -> None:
-        """Libraries of older sources go first."""
-        for package in (ROOT / "sra_ds", Path(self.build_lib, "sra_ds")):
-            for old in package.glob("_kernels_*.so"):
-                old.unlink()
+        """Libraries of older sources go at the end."""
         super().run()
+        present = Path(kernel_build.library_name()).stem
+        for package in (ROOT / "sra_ds", Path(self.build_lib, "sra_ds")):
+            for library in package.glob("_kernels_*.so"):
+                if not library.stem.startswith(present):
+                    library.unlink()
 
     def build_extension(self, ext: Extension) -> None:
         """Build, and put the library where the package looks for it."""
@@ -43,7 +48,8 @@ class BuildKernels(build_ext):
         self.library = built.name
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(built, target)
+        shutil.copy2(built, target.with_suffix(".part"))
+        os.replace(target.with_suffix(".part"), target)
 
     def get_ext_filename(self, name: str) -> str:
         """No tag of a Python: the library does not know any."""

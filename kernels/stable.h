@@ -63,6 +63,26 @@ inline std::string shape(const Tensor& tensor) {
   return text;
 }
 
+inline Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
+
+inline bool has_shape(const Tensor& tensor, const std::vector<int64_t>& sizes) {
+  bool same = tensor.dim() == static_cast<int64_t>(sizes.size());
+  for (size_t d = 0; same && d < sizes.size(); ++d) same = tensor.size(d) == sizes[d];
+  return same;
+}
+
+// Whether a kernel that was given `first` can read `tensor` as numbers of `type` in this shape.
+inline bool readable(const Tensor& tensor, ScalarType type, const std::vector<int64_t>& sizes,
+                     const Tensor& first) {
+  return tensor.scalar_type() == type && tensor.is_contiguous() && has_shape(tensor, sizes) &&
+         tensor.is_cuda() == first.is_cuda() && tensor.get_device_index() == first.get_device_index();
+}
+
+inline bool readable(const OptionalTensor& tensor, ScalarType type, const std::vector<int64_t>& sizes,
+                     const Tensor& first) {
+  return !tensor.has_value() || readable(*tensor, type, sizes, first);
+}
+
 inline Tensor rows(const Tensor& tensor, int64_t first, int64_t last) {
   Tensor whole = tensor;
   return torch::stable::narrow(whole, 0, first, last - first);

@@ -5,9 +5,12 @@ where every installation of these sources finds it.
 """
 
 import argparse
+import os
+import shutil
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from sra_ds import cli
@@ -16,6 +19,7 @@ from sra_ds.ops.extension import cache_folder
 from sra_ds.ops.kernel_build import (
     EVERYWHERE,
     BuildError,
+    Wanted,
     build,
     cuda_home,
     parse_archs,
@@ -37,25 +41,40 @@ def main() -> int:
 def command(arguments: argparse.Namespace) -> dict[str, Any]:
     """Build, and read what the compiler said."""
     started = time.monotonic()
-    try:
-        archs = wanted().archs if arguments.archs is None else parse_archs(arguments.archs)
-        if archs and cuda_home() is None:
-            raise BuildError("there is no CUDA toolkit: set CUDA_HOME")
-        library = build(arguments.out or cache_folder(), archs)
-        kernels = kernel_reports(library.parent) if archs else []
-    except BuildError as error:
-        raise BackendUnavailable(str(error)) from None
+    with TemporaryDirectory() as scratch:
+        try:
+            archs, reason = _wanted(arguments.archs)
+            library = build(Path(scratch), archs)
+            kernels = kernel_reports(Path(scratch)) if archs else []
+        except BuildError as error:
+            raise BackendUnavailable(str(error)) from None
+        folder = arguments.out or cache_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(library, folder / f"{library.name}.part")
+        os.replace(folder / f"{library.name}.part", folder / library.name)
     return {
-        "library": str(library),
-        "megabytes": round(library.stat().st_size / 1e6, 1),
+        "library": str(folder / library.name),
+        "not_for_gpus": reason,
+        "megabytes": round((folder / library.name).stat().st_size / 1e6, 1),
         "seconds": round(time.monotonic() - started, 1),
         "kernels": [kernel._asdict() for kernel in kernels],
     }
 
 
+def _wanted(archs: str | None) -> Wanted:
+    if archs is None and os.environ.get("SRA_CUDA") != "1":
+        return wanted()
+    found = wanted() if archs is None else Wanted(parse_archs(archs), "")
+    if not found.archs or cuda_home() is None:
+        raise BuildError("there is no CUDA toolkit: set CUDA_HOME")
+    return found
+
+
 def show(result: dict[str, Any]) -> None:
     """A line for each kernel."""
     print(f"{result['library']}: {result['megabytes']} MB in {result['seconds']} s")
+    if result["not_for_gpus"]:
+        print(f"not for GPUs: {result['not_for_gpus']}")
     by_kernel: dict[str, list[str]] = {}
     for kernel in result["kernels"]:
         spilled = f" ({kernel['spilled']} bytes spilled)" if kernel["spilled"] else ""

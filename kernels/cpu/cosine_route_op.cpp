@@ -59,8 +59,6 @@ Scores scores_of(const Tensor& dots, const Tensor& inverse_x, const Tensor& inve
           1.0f / kNormEps,   static_cast<int>(dots.size(1)), static_cast<int>(top_k), static_cast<Gate>(gate)};
 }
 
-Tensor transposed(const Tensor& matrix) { return stable::transpose(matrix, 0, 1); }
-
 // The sum of float32 matrices of one shape, in their order, in place of the first.
 Tensor sum_of(const std::vector<Tensor>& matrices) {
   stable::parallel_for(0, matrices[0].numel(), 4096, [&](int64_t first, int64_t last) {
@@ -81,7 +79,7 @@ const void* row_of(const Tensor& matrix, int64_t row) {
 Routed cosine_route(const Tensor& x, const Tensor& anchors, const Tensor& temperature, int64_t top_k,
                     int64_t gate, bool fused, const OptionalTensor& valid, const OptionalTensor& selection_bias,
                     const OptionalTensor& noise) {
-  check_route(x, anchors, temperature, top_k);
+  check_route(x, anchors, temperature, top_k, gate, valid, selection_bias, noise);
   STD_TORCH_CHECK(!fused, "cosine_route: the fused kernels are for GPUs");
   const int64_t T = x.size(0), D = x.size(1), E = anchors.size(0);
   const Number number = number_of(x);
@@ -127,6 +125,9 @@ RouteGradients cosine_route_backward(const Tensor& grad_gates, const Tensor& gra
                                      const Tensor& temperature, int64_t gate, bool, const OptionalTensor& valid,
                                      const Tensor& ids, const Tensor& lse, const Tensor& valid_count,
                                      const Tensor& dots, const Tensor& inverse_x, const Tensor& inverse_a) {
+  check_route_backward(x, anchors, temperature, gate, valid,
+                       {grad_gates, grad_mean_probs, grad_lse, ids, lse, valid_count, dots, inverse_x, inverse_a,
+                        false});
   const int64_t T = x.size(0), D = x.size(1), E = anchors.size(0);
   const Number number = number_of(x);
   const bool short_products = number == Number::kBFloat16 && number_of(anchors) == number;

@@ -55,8 +55,6 @@ Tensor expert_of(const Tensor& stacked, int64_t e) {
   return stable::select(whole, 0, e);
 }
 
-Tensor transposed(const Tensor& matrix) { return stable::transpose(matrix, 0, 1); }
-
 // A group's rows of a matrix: where they are, or copied in front of zeros.
 Tensor padded(const Tensor& matrix, int64_t first, int64_t count, int64_t total) {
   if (total == count) return rows(matrix, first, first + count);
@@ -86,32 +84,45 @@ const void* bias_of(const OptionalTensor& bias, int64_t e) {
   return bias.has_value() ? row_of(*bias, e) : nullptr;
 }
 
-void check(const Tensor& x, const Tensor& up_weight, const Tensor& down_weight, const Tensor& offsets) {
+void check(const Tensor& x, const OptionalTensor& gate_weight, const Tensor& up_weight,
+           const Tensor& down_weight, const Tensor& offsets) {
   STD_TORCH_CHECK(x.dim() == 2 && up_weight.dim() == 3 && down_weight.dim() == 3 &&
                       x.size(1) == up_weight.size(1) && up_weight.size(2) == down_weight.size(1),
                   "feed_forward: x R x D, up E x D x F and down E x F x D expected, got ", shape(x), ", ",
                   shape(up_weight), " and ", shape(down_weight));
-  STD_TORCH_CHECK(x.is_contiguous() && up_weight.is_contiguous() && down_weight.is_contiguous(),
-                  "feed_forward: contiguous inputs expected");
-  STD_TORCH_CHECK(x.scalar_type() == up_weight.scalar_type() && x.scalar_type() == down_weight.scalar_type(),
-                  "feed_forward: x and weights of one type expected");
-  const int64_t experts = up_weight.size(0);
-  STD_TORCH_CHECK(offsets.scalar_type() == ScalarType::Int && offsets.dim() == 1 && offsets.size(0) == experts,
+  const int64_t experts = up_weight.size(0), width = x.size(1), hidden = up_weight.size(2);
+  const ScalarType type = x.scalar_type();
+  STD_TORCH_CHECK(x.is_contiguous() && readable(up_weight, type, {experts, width, hidden}, x) &&
+                      readable(gate_weight, type, {experts, width, hidden}, x) &&
+                      readable(down_weight, type, {experts, hidden, width}, x),
+                  "feed_forward: x and weights of one type, contiguous, expected");
+  STD_TORCH_CHECK(experts > 0 && readable(offsets, ScalarType::Int, {experts}, x),
                   "feed_forward: int32 offsets, one for each of ", experts, " experts, expected, got ",
                   shape(offsets));
-  STD_TORCH_CHECK(experts > 0 && data<int32_t>(offsets)[experts - 1] == x.size(0),
-                  "feed_forward: offsets must end at the number of rows, ", x.size(0));
+  const int32_t* end = data<int32_t>(offsets);
+  STD_TORCH_CHECK(end[0] >= 0 && std::is_sorted(end, end + experts) && end[experts - 1] == x.size(0),
+                  "feed_forward: offsets must not decrease and end at the number of rows, ", x.size(0));
+}
+
+void check_biases(const Tensor& x, bool gated, const OptionalTensor& up_bias, const OptionalTensor& down_bias,
+                  int64_t experts, int64_t hidden) {
+  STD_TORCH_CHECK(up_bias.has_value() == down_bias.has_value() && !(gated && up_bias.has_value()),
+                  "feed_forward: both biases without a gate, or none, expected");
+  STD_TORCH_CHECK(readable(up_bias, x.scalar_type(), {experts, hidden}, x) &&
+                      readable(down_bias, x.scalar_type(), {experts, x.size(1)}, x),
+                  "feed_forward: biases of x's type, E x F and E x D, contiguous, expected");
 }
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor>;
 
 // y and the hidden layer before its activation (gate: empty for gelu; up: with its bias).
-Outputs feed_forward(const Tensor& x_history, const OptionalTensor& gate_history, const Tensor& up_history,
-                     const OptionalTensor& up_bias, const Tensor& down_history,
+Outputs feed_forward(const Tensor& x_any, const OptionalTensor& gate_any, const Tensor& up_any,
+                     const OptionalTensor& up_bias, const Tensor& down_any,
                      const OptionalTensor& down_bias, const Tensor& offsets) {
-  check(x_history, up_history, down_history, offsets);
-  const Tensor x = detached(x_history), up_weight = detached(up_history), down_weight = detached(down_history);
-  const OptionalTensor gate_weight = plain(gate_history);
+  check(x_any, gate_any, up_any, down_any, offsets);
+  check_biases(x_any, gate_any.has_value(), up_bias, down_bias, up_any.size(0), up_any.size(2));
+  const Tensor x = detached(x_any), up_weight = detached(up_any), down_weight = detached(down_any);
+  const OptionalTensor gate_weight = plain(gate_any);
   const Number number = number_of(x);
   const int64_t R = x.size(0), D = x.size(1), F = up_weight.size(2);
   const bool gated = gate_weight.has_value();
@@ -140,13 +151,16 @@ Outputs feed_forward(const Tensor& x_history, const OptionalTensor& gate_history
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Gradients of x, gate_weight, up_weight, up_bias, down_weight, down_bias; of what is absent empty ones.
-Gradients feed_forward_backward(const Tensor& grad_history, const Tensor& x_history,
-                                const OptionalTensor& gate_history, const Tensor& up_history,
-                                const Tensor& down_history, const Tensor& offsets, const Tensor& gate,
+Gradients feed_forward_backward(const Tensor& grad_any, const Tensor& x_any,
+                                const OptionalTensor& gate_any, const Tensor& up_any,
+                                const Tensor& down_any, const Tensor& offsets, const Tensor& gate,
                                 const Tensor& up, bool biased) {
-  const Tensor grad_y = detached(grad_history), x = detached(x_history);
-  const Tensor up_weight = detached(up_history), down_weight = detached(down_history);
-  const OptionalTensor gate_weight = plain(gate_history);
+  check(x_any, gate_any, up_any, down_any, offsets);
+  STD_TORCH_CHECK(readable(grad_any, x_any.scalar_type(), {x_any.size(0), x_any.size(1)}, x_any),
+                  "feed_forward: a gradient like y expected, got ", shape(grad_any));
+  const Tensor grad_y = detached(grad_any), x = detached(x_any);
+  const Tensor up_weight = detached(up_any), down_weight = detached(down_any);
+  const OptionalTensor gate_weight = plain(gate_any);
   const Number number = number_of(x);
   const ScalarType type = x.scalar_type();
   const int64_t E = up_weight.size(0), D = x.size(1), F = up_weight.size(2);

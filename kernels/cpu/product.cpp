@@ -1,5 +1,6 @@
 #include "product.h"
 
+#include <atomic>
 #include <string>
 
 namespace sra::cpu {
@@ -39,10 +40,13 @@ bool onednn_is_faster() {
 }  // namespace
 
 Tensor product(const Tensor& left, const Tensor& right) {
+  static std::atomic<bool> onednn_is_there{true};
   const bool any = left.size(0) > 0 && left.size(1) > 0 && right.size(1) > 0;
   Tensor result;
-  if (any && onednn_is_faster() && left.scalar_type() == ScalarType::Float && onednn_product(left, right, &result))
-    return result;
+  if (any && onednn_is_faster() && left.scalar_type() == ScalarType::Float && onednn_is_there) {
+    if (onednn_product(left, right, &result)) return result;
+    onednn_is_there = false;
+  }
   return matrix_product(left, right);
 }
 

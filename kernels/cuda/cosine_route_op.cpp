@@ -47,7 +47,7 @@ bool one_short_type(const Tensor& x, const Tensor& anchors) {
 Routed cosine_route(const Tensor& x_any, const Tensor& anchors_any, const Tensor& temperature, int64_t top_k,
                     int64_t gate, bool fused, const OptionalTensor& valid, const OptionalTensor& selection_bias,
                     const OptionalTensor& noise) {
-  check_route(x_any, anchors_any, temperature, top_k);
+  check_route(x_any, anchors_any, temperature, top_k, gate, valid, selection_bias, noise);
   if (fused) check_fused(x_any, anchors_any);
   const OnDevice device(x_any);
   void* stream = device.stream();
@@ -70,7 +70,7 @@ Routed cosine_route(const Tensor& x_any, const Tensor& anchors_any, const Tensor
     check(route_fused(x.data_ptr(), anchors.data_ptr(), static_cast<int>(D), in, stream));
   } else {
     const bool wide = !one_short_type(x, anchors);
-    dots = wide_product(wide ? to_float(x) : x, stable::transpose(wide ? to_float(anchors) : anchors, 0, 1));
+    dots = wide_product(wide ? to_float(x) : x, transposed(wide ? to_float(anchors) : anchors));
     check(inverse_norms(x.data_ptr(), number_of(x), T, D, kNormEps, data<float>(inverse_x), stream));
     check(route_rows(data<float>(dots), in, blocks, stream));
   }
@@ -87,6 +87,10 @@ RouteGradients cosine_route_backward(const Tensor& grad_gates, const Tensor& gra
                                      const OptionalTensor& valid, const Tensor& ids, const Tensor& lse,
                                      const Tensor& valid_count, const Tensor& dots, const Tensor& inverse_x,
                                      const Tensor& inverse_a) {
+  check_route_backward(x_any, anchors_any, temperature, gate, valid,
+                       {grad_gates, grad_mean_probs, grad_lse, ids, lse, valid_count, dots, inverse_x, inverse_a,
+                        fused});
+  if (fused) check_fused(x_any, anchors_any);
   const OnDevice device(x_any);
   void* stream = device.stream();
   const Tensor x = aligned(detached(x_any)), anchors = aligned(detached(anchors_any));
@@ -115,7 +119,7 @@ RouteGradients cosine_route_backward(const Tensor& grad_gates, const Tensor& gra
     check(subtract_along(data<float>(through_dots), x.data_ptr(), number_of(x), data<float>(along_x), T, D,
                          grad_x.data_ptr(), stream));
   }
-  const Tensor through_dots = wide_product(stable::transpose(grad_dots, 0, 1), short_products ? x : to_float(x));
+  const Tensor through_dots = wide_product(transposed(grad_dots), short_products ? x : to_float(x));
   check(finish_anchors(data<float>(through_dots), anchors.data_ptr(), number_of(anchors), width, in.parts, blocks,
                        experts, in.scaling, static_cast<int>(temperature.size(0)), data<float>(cosines),
                        grad_anchors.data_ptr(), data<float>(grad_temperature), stream));

@@ -49,7 +49,8 @@ def cosine_route(
         return cosine_route_reference(
             x_TD, anchors_ED, temperature, top_k, gate, selection, keep_scores
         )
-    temperature = temperature.float()
+    temperature = temperature.float().contiguous()
+    valid_T, bias_E, noise_TE = (t if t is None else t.contiguous() for t in selection)
     gates_TK, ids_TK, load_E, mean_probs_E, lse_T, count_1, dots_TE, inverse_x_T, inverse_a_E = (
         torch.ops.sra_kernels.cosine_route.default(
             x_TD.contiguous(),
@@ -58,11 +59,13 @@ def cosine_route(
             top_k,
             GATES.index(gate),
             not keep_scores and can_be_fused(x_TD, anchors_ED),
-            *selection,
+            valid_T,
+            bias_E if bias_E is None else bias_E.float(),
+            noise_TE if noise_TE is None else noise_TE.float(),
         )
     )
-    if selection.valid_T is not None:
-        lse_T = lse_T * selection.valid_T
+    if valid_T is not None:
+        lse_T = lse_T * valid_T
     scores_TE = None
     if keep_scores:
         scale_E = inverse_a_E * temperature.detach().abs()
@@ -164,12 +167,20 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.how = gate, fused
     ctx.save_for_backward(x, anchors, temperature, valid, ids, lse, *rest)
     ctx.mark_non_differentiable(ids, load, *rest)
+    ctx.set_materialize_grads(False)  # of what is not differentiable, T x E zeros
 
 
-def _backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-    x, anchors, temperature, valid, *kept = ctx.saved_tensors
-    grad_gates, _, _, grad_mean_probs, grad_lse = (grad.contiguous() for grad in upstream[:5])
+def _backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, anchors, temperature, valid, ids, lse, *kept = ctx.saved_tensors
+    grad_gates, _, _, grad_mean_probs, grad_lse = upstream[:5]
     gradients = torch.ops.sra_kernels.cosine_route_backward(
-        grad_gates, grad_mean_probs, grad_lse, x, anchors, temperature, *ctx.how, valid, *kept
+        _or_zeros(grad_gates, lse, ids.shape),
+        _or_zeros(grad_mean_probs, lse, anchors.shape[:1]),
+        _or_zeros(grad_lse, lse, lse.shape),
+        *(x, anchors, temperature, *ctx.how, valid, ids, lse, *kept),
     )
     return (*gradients, *(None for _ in range(6)))
+
+
+def _or_zeros(gradient: Tensor | None, like: Tensor, shape: torch.Size) -> Tensor:
+    return like.new_zeros(shape) if gradient is None else gradient.contiguous()

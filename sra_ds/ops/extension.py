@@ -4,7 +4,6 @@ SRA_KERNELS says what to do: `auto` (use it if it can be had), `compiled` (fail 
 (never use it); `use_kernels` overrides it for a while. Whatever is chosen comes with its reason.
 """
 
-import fcntl
 import functools
 import os
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from sra_ds.ops.kernel_build import (
     build_what_is_wanted,
     library_name,
     serves,
+    wanted,
 )
 
 CHOICES = ("auto", "compiled", "reference")
@@ -74,22 +74,26 @@ def _load(asked: str) -> Extension:
         raise ConfigError(f"SRA_KERNELS={asked}: expected {', '.join(CHOICES)}")
     if asked == "reference":
         return Extension(frozenset(), "reference: SRA_KERNELS=reference")
-    capability = gpu_capability()
+    capabilities = gpu_capabilities()
     try:
-        path, how = _library(capability)
+        path, how = _library(capabilities)
         torch.ops.load_library(str(path))
     except (BuildError, OSError) as error:
         if asked == "compiled":
             raise BackendUnavailable(f"SRA_KERNELS=compiled: {error}") from None
         return Extension(frozenset(), f"reference: {error}")
-    if capability is not None and serves(archs_of(path), capability):
+    if capabilities and _serves_all(path, capabilities):
         return Extension(frozenset({"cpu", "cuda"}), f"compiled for this GPU too, {how}")
     return Extension(frozenset({"cpu"}), f"compiled, {how}")
 
 
-def gpu_capability() -> tuple[int, int] | None:
-    """Of the present GPU, None without one."""
-    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+def gpu_capabilities() -> frozenset[tuple[int, int]]:
+    """Of the GPUs of this process."""
+    if not torch.cuda.is_available():
+        return frozenset()
+    return frozenset(
+        torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())
+    )
 
 
 def cache_folder() -> Path:
@@ -98,39 +102,46 @@ def cache_folder() -> Path:
     return Path(root) / "sra_ds" / "kernels"
 
 
-def _library(capability: tuple[int, int] | None) -> tuple[Path, str]:
+def _library(capabilities: frozenset[tuple[int, int]]) -> tuple[Path, str]:
     """A library of the present sources, and where it comes from: the package, the user's cache, or a
-    compiler. One that does not serve the GPU is the last choice."""
-    cache = cache_folder()
-    found = _find(cache, capability)
-    if found is not None:
-        return found
-    cache.mkdir(parents=True, exist_ok=True)
-    with (cache / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one process compiles, others wait for it
-        found = _find(cache, capability)
-        if found is not None:
-            return found
-        try:
-            (path, why), how = build_what_is_wanted(cache), "built on first use"
-        except BuildError as error:
-            fallback = _find(cache, None)
-            if fallback is None:
-                raise
-            (path, how), why = fallback, str(error)
-    if capability is None or serves(archs_of(path), capability):
+    compiler. One that does not serve the GPUs is the last choice."""
+    for path, how in _libraries():
+        if _serves_all(path, capabilities):
+            return path, how
+    for_cpus = next(_libraries(), None)
+    try:
+        why = _why_not_for_gpus()
+        if for_cpus is None or not why:
+            path, why = build_what_is_wanted(cache_folder())
+            for_cpus = path, "built on first use"
+    except BuildError as error:
+        if for_cpus is None:
+            raise
+        why = str(error)
+    path, how = for_cpus
+    if _serves_all(path, capabilities):
         return path, how
     return path, f"{how}; not for this GPU: {why or 'SRA_CUDA_ARCHS names others'}"
 
 
-def _find(cache: Path, capability: tuple[int, int] | None) -> tuple[Path, str] | None:
-    """A library that is there and serves a GPU of this capability, if there is one."""
+def _why_not_for_gpus() -> str:
+    try:
+        return wanted().reason
+    except BuildError as error:
+        return str(error)
+
+
+def _libraries() -> Iterator[tuple[Path, str]]:
+    """Those of the present sources that are there, for CPUs alone first."""
     stem = Path(library_name()).stem
-    for folder, how in (
+    places = (
         (PACKAGE, "installed with the package"),
-        (cache, "built on this machine before"),
-    ):
+        (cache_folder(), "built on this machine before"),
+    )
+    for folder, how in places:
         for path in sorted(folder.glob(f"{stem}*.so"), key=lambda path: len(path.name)):
-            if capability is None or serves(archs_of(path), capability):
-                return path, how
-    return None
+            yield path, how
+
+
+def _serves_all(library: Path, capabilities: frozenset[tuple[int, int]]) -> bool:
+    return all(serves(archs_of(library), capability) for capability in capabilities)

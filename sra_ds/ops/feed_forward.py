@@ -41,7 +41,8 @@ def feed_forward(x_RD: Tensor, weights: Weights, offsets_E: Tensor, dropout: flo
     if not runs_compiled(x_RD, weights, dropout):
         return feed_forward_reference(x_RD, weights, offsets_E, dropout)
     operator = torch.ops.sra_kernels.feed_forward.default
-    y_RD: Tensor = operator(x_RD.contiguous(), *weights, offsets_E)[0]
+    stacked = (weight if weight is None else weight.contiguous() for weight in weights)
+    y_RD: Tensor = operator(x_RD.contiguous(), *stacked, offsets_E)[0]
     return y_RD
 
 
@@ -63,9 +64,12 @@ def feed_forward_reference(
 def runs_compiled(x_RD: Tensor, weights: Weights, dropout: float) -> bool:
     """Whether the compiled operator takes these inputs."""
     same = {x_RD.dtype} == {weight.dtype for weight in weights if weight is not None}
+    biased = weights.up_bias is not None
+    usual = biased == (weights.down_bias is not None) and not (biased and weights.gate is not None)
     return (
         _available_on(x_RD.device.type, weights.up.shape[0])
         and same
+        and usual
         and dropout == 0
         and x_RD.dtype in COMPILED_DTYPES
     )
@@ -116,10 +120,13 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.biased = up_bias is not None
     ctx.save_for_backward(x, gate_weight, up_weight, down_weight, offsets, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # of what is kept, R x F zeros
 
 
-def _backward(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_y: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
     kept = ctx.saved_tensors
+    if grad_y is None:
+        return (None,) * 7
     gradients = torch.ops.sra_kernels.feed_forward_backward(grad_y.contiguous(), *kept, ctx.biased)
     x, gate, up, up_bias, down, down_bias = gradients
     gated = kept[1] is not None

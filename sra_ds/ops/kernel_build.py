@@ -11,10 +11,13 @@ SRA_CUDA says whether GPUs are built for: 0, 1 or auto, which does it if torch i
 toolkit is there. SRA_CUDA_ARCHS names compute capabilities, "80;86;90+PTX"; +PTX is for later ones too.
 """
 
+import fcntl
 import functools
 import hashlib
 import os
+import platform
 import re
+import shlex
 import shutil
 import subprocess
 from importlib.util import find_spec
@@ -28,6 +31,7 @@ FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fopenmp-simd -fno-math-errno 
 CUDA_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v"
 OLDEST_ARCH = 80
 """bfloat16 matrix instructions and copies in the background begin there."""
+UNITS, HEADERS = (".cpp", ".cu"), (".h",)
 EVERYWHERE = "80;90+PTX"
 """Architectures where none is asked for and no GPU is there to be asked."""
 NINJA = """
@@ -104,19 +108,23 @@ def wanted() -> Wanted:
         raise BuildError(f"SRA_CUDA={asked}: expected 0, 1 or auto")
     if asked == "0":
         return Wanted((), "SRA_CUDA=0")
-    if asked == "auto" and not _torch_has_cuda():
+    torch_cuda, home = _torch_cuda(), cuda_home()
+    if asked == "auto" and torch_cuda is None:
         return Wanted((), "this torch has no CUDA")
-    if cuda_home() is None:
+    if home is None:
         return Wanted((), "there is no CUDA toolkit (CUDA_HOME)")
+    if asked == "auto" and _toolkit_version(home) != torch_cuda:
+        return Wanted((), f"torch is for CUDA {torch_cuda}, {home} is {_toolkit_version(home)}")
     named = os.environ.get("SRA_CUDA_ARCHS") or _archs_here() or EVERYWHERE
     return Wanted(parse_archs(named), "")
 
 
 def library_name(archs: tuple[str, ...] = ()) -> str:
     """File name of the library these sources give for CPUs and GPUs of `archs`."""
-    digest = hashlib.sha256((FLAGS + CUDA_FLAGS).encode())
+    how = (FLAGS, CUDA_FLAGS, NINJA, STABLE_ABI, platform.machine())
+    digest = hashlib.sha256("".join(how).encode())
     folder = source_folder()
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".h", ".cpp", ".cu")):
+    for path in _sources(UNITS + HEADERS):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
     cuda = "".join("_" + arch.replace("+PTX", "ptx") for arch in archs)
     return f"_kernels_{digest.hexdigest()[:12]}{'_cuda' if archs else ''}{cuda}.so"
@@ -152,22 +160,33 @@ def build_what_is_wanted(folder: Path) -> tuple[Path, str]:
 
 
 def build(folder: Path, archs: tuple[str, ...]) -> Path:
-    """Compile what changed and link; objects and library are left in `folder`. Raises `BuildError`."""
-    ninja, cxx = shutil.which("ninja"), shutil.which(os.environ.get("CXX", "c++"))
-    torch = find_spec("torch")
-    if ninja is None or cxx is None:
-        raise BuildError("no ninja" if ninja is None else "no C++ compiler")
+    """The library in `folder`, where objects and the compiler's words are left too; one process compiles,
+    others wait for it. Raises `BuildError`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            library = folder / library_name(archs)
+            if not library.exists():
+                _compile(library, archs)
+            return library
+    except OSError as error:
+        raise BuildError(f"{error.filename or folder}: {error.strerror or error}") from None
+
+
+def _compile(library: Path, archs: tuple[str, ...]) -> None:
+    cxx, torch = shlex.split(os.environ.get("CXX", "c++")), find_spec("torch")
+    if shutil.which("ninja") is None or shutil.which(cxx[0]) is None:
+        raise BuildError("no ninja" if shutil.which("ninja") is None else "no C++ compiler")
     if torch is None or torch.origin is None:
         raise BuildError("torch is not installed where this is built")
-    folder.mkdir(parents=True, exist_ok=True)
-    library = folder / library_name(archs)
-    text = _ninja_file(cxx, Path(torch.origin).parent, library, archs)
-    (folder / "build.ninja").write_text(text, "utf-8")
-    ran = subprocess.run([ninja, "-C", str(folder)], capture_output=True, text=True, check=False)
+    text = _ninja_file(shlex.join(cxx), Path(torch.origin).parent, library, archs)
+    (library.parent / "build.ninja").write_text(text, "utf-8")
+    command = ["ninja", "-C", str(library.parent)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
     if ran.returncode:
         errors = [line for line in ran.stdout.splitlines() if "error" in line]
         raise BuildError(f"compilation failed: {(errors or [ran.stdout[-300:]])[0]}")
-    return library
 
 
 def gencode(archs: tuple[str, ...]) -> str:
@@ -185,39 +204,55 @@ def _number(arch: str) -> int:
     return int(arch.removesuffix("+PTX"))
 
 
+def _sources(suffixes: tuple[str, ...]) -> list[Path]:
+    return sorted(path for path in source_folder().rglob("*") if path.suffix in suffixes)
+
+
 def _ninja_file(cxx: str, torch: Path, library: Path, archs: tuple[str, ...]) -> str:
-    source, home = source_folder(), cuda_home() if archs else None
+    home = cuda_home() if archs else None
+    include, lib = (shlex.quote(str(torch / part)) for part in ("include", "lib"))
     text = NINJA.format(
-        cxx=cxx, flags=FLAGS, abi=STABLE_ABI, include=torch / "include", lib=torch / "lib",
-        nvcc=home / "bin" / "nvcc" if home else "", cuda_flags=f"{CUDA_FLAGS} {gencode(archs)}",
+        cxx=cxx, flags=FLAGS, abi=STABLE_ABI, include=include, lib=lib,
+        nvcc=shlex.quote(str(home / "bin" / "nvcc")) if home else "",
+        cuda_flags=f"{CUDA_FLAGS} {gencode(archs)}",
         cuda_libraries=f"{_static_runtime(home)} -ldl -lrt -lpthread" if home else "",
     )  # fmt: skip
     lines, objects = [], []
-    for unit in sorted(source.rglob("*.c*")):
+    for unit in _sources(UNITS):
         if unit.parent.name == "cuda" and not archs:
             continue
-        name = unit.relative_to(source).as_posix().replace("/", "-") + ".o"
+        name = unit.relative_to(source_folder()).as_posix().replace("/", "-") + ".o"
         rule = "compile_cuda" if unit.suffix == ".cu" else "compile"
-        lines.append(f"build {name}: {rule} {unit}")
+        escaped = re.sub("([$ :])", r"$\\1", str(unit))
+        lines.append(f"build {name}: {rule} {escaped}")
         objects.append(name)
     return "\n".join([text, *lines, f"build {library.name}: link {' '.join(objects)}", ""])
 
 
-def _static_runtime(home: Path) -> Path:
+def _static_runtime(home: Path) -> str:
     """CUDA's runtime, linked in, so that the library does not ask for that of one version."""
     for part in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
         if (home / part / "libcudart_static.a").exists():
-            return home / part / "libcudart_static.a"
+            return shlex.quote(str(home / part / "libcudart_static.a"))
     raise BuildError(f"no libcudart_static.a under {home}")
 
 
-def _torch_has_cuda() -> bool:
-    """Without importing torch."""
+def _torch_cuda() -> int | None:
+    """The major version of CUDA torch was built for, found without importing it; None for CPU builds."""
     torch = find_spec("torch")
     if torch is None or torch.origin is None:
-        return False
+        return None
     said = (Path(torch.origin).parent / "version.py").read_text("utf-8")
-    return re.search(r"^cuda.*= *['\"]", said, re.MULTILINE) is not None
+    found = re.search(r"^cuda.*= *['\"](\d+)", said, re.MULTILINE)
+    return int(found[1]) if found else None
+
+
+def _toolkit_version(home: Path) -> int | None:
+    """Its major version."""
+    header = home / "include" / "cuda.h"
+    said = header.read_text("utf-8", "replace") if header.exists() else ""
+    found = re.search(r"^#define CUDA_VERSION (\d+)", said, re.MULTILINE)
+    return int(found[1]) // 1000 if found else None
 
 
 def _archs_here() -> str:
@@ -230,5 +265,9 @@ def _archs_here() -> str:
 
 
 def _output(command: list[str]) -> str:
-    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    """What it prints, "" if it cannot be run or hangs."""
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return ""
     return ran.stdout + ran.stderr

@@ -27,24 +27,33 @@ class KernelReport(NamedTuple):
 
 
 def kernel_reports(folder: Path) -> list[KernelReport]:
-    """Of the kernels last compiled in `folder`, where `build` has left the compiler's words."""
+    """Of the kernels compiled in `folder`, where `build` has left the compiler's words."""
     found = []
     for log in sorted(folder.glob("*.cu.o.log")):
         source = log.name.removesuffix(".cu.o.log").removeprefix("cuda-")
         for match in ENTRY.finditer(log.read_text("utf-8")):
-            kernel = f"{source}: {_readable(match['name'])}"
-            spilled = int(match["stores"])
-            found.append(KernelReport(kernel, match["arch"], int(match["registers"]), spilled))
+            registers, spilled = int(match["registers"]), int(match["stores"])
+            found.append((source, KernelReport(match["name"], match["arch"], registers, spilled)))
     if not found:
         raise BuildError(f"no reports of the CUDA compiler in {folder}")
-    return found
+    names = _readable([report.kernel for _, report in found])
+    return [
+        report._replace(kernel=f"{source}: {name}")
+        for (source, report), name in zip(found, names, strict=True)
+    ]
 
 
-def _readable(mangled: str) -> str:
-    """'forward<128>' of its symbol."""
+def _readable(symbols: list[str]) -> list[str]:
+    """'forward<128>' and the like of symbols."""
     tool = shutil.which("c++filt") or shutil.which("cu++filt")
     if tool is None:
-        return mangled
-    said = subprocess.run([tool, mangled], capture_output=True, text=True, check=True).stdout
-    name = said.split("(anonymous namespace)::")[-1].split("(")[0]
-    return name.replace("sra::", "").replace("__nv_", "").replace(" >", ">").strip()
+        return symbols
+    said = subprocess.run(
+        [tool], input="\n".join(symbols), capture_output=True, text=True, check=True
+    )
+    names = (
+        line.split("(anonymous namespace)::")[-1].split("(")[0] for line in said.stdout.splitlines()
+    )
+    return [
+        name.replace("sra::", "").replace("__nv_", "").replace(" >", ">").strip() for name in names
+    ]

@@ -1,7 +1,8 @@
 """The routing operator and the experts against other ways to compute the same, in turn in one process.
 
     router   compiled; `cosine_route_reference`; the usual chain of torch calls; on a GPU also `unfused`,
-             the kernels that take any number of experts, and what is timed are replays of a CUDA graph
+             the kernels that take any number of experts; replays of CUDA graphs are timed, of new tokens
+             each round
     experts  compiled; torch's grouped products; a loop over experts; DeepSpeed's AutoEP experts (SwiGLU
              of equal size); and the products of the same FLOPs as large matrices, the ceiling; and what
              lies around them, dispatch and combine of two routes per token, compiled and in torch
@@ -73,14 +74,17 @@ def bench_kernels(what: str, rounds: int) -> dict[str, Any]:
         return bench_router(ROUTER[device] if what == "router" else ROUTER_GRID, rounds, device)
 
 
-def medians(variants: dict[str, Work], rounds: int, device: str = "cpu") -> dict[str, float]:
-    """Milliseconds of each, one after the other in every round."""
+def medians(
+    variants: dict[str, Work], rounds: int, device: str = "cpu", renew: Work = lambda: None
+) -> dict[str, float]:
+    """Milliseconds of each, one after the other in every round, after `renew`."""
     if device == "cuda":
         variants = {name: _recorded(work) for name, work in variants.items()}
     milliseconds = _device_milliseconds if device == "cuda" else _milliseconds
     times: dict[str, list[float]] = {name: [] for name in variants}
     for number in tqdm(range(rounds + WARM_UP), "rounds", leave=False):
         for name, work in variants.items():
+            renew()
             found = milliseconds(work)
             if number >= WARM_UP:
                 times[name].append(found)
@@ -119,7 +123,10 @@ def bench_router(sizes: list[RouterSize], rounds: int, device: str = "cpu") -> d
     """Forward, and forward with backward, of every size."""
     results = {}
     for size, dtype, backward in itertools.product(sizes, DTYPES, (False, True)):
-        found = medians(_routers(size, dtype, backward, device), rounds, device)
+        x_TD = torch.randn(size.tokens, size.width).to(dtype).requires_grad_(backward)
+        variants = _routers(size, x_TD, backward, device)
+        renew = x_TD.detach().normal_ if device == "cuda" else lambda: None
+        found = medians(variants, rounds, device, renew)
         results[_name(size, dtype, "with backward" if backward else "forward")] = {
             "milliseconds": found,
             "chain_over_compiled": found["chain"] / found["compiled"],
@@ -133,9 +140,8 @@ def _name(size: RouterSize | ExpertsSize, dtype: torch.dtype, what: str) -> str:
     return f"{sizes}, {str(dtype).removeprefix('torch.')}, {what}"
 
 
-def _routers(size: RouterSize, dtype: torch.dtype, backward: bool, device: str) -> dict[str, Work]:
-    x_TD = torch.randn(size.tokens, size.width).to(dtype).requires_grad_(backward)
-    anchors_ED = torch.randn(size.experts, size.width).to(dtype).requires_grad_(backward)
+def _routers(size: RouterSize, x_TD: Tensor, backward: bool, device: str) -> dict[str, Work]:
+    anchors_ED = torch.randn(size.experts, size.width).to(x_TD.dtype).requires_grad_(backward)
     temperature = torch.full((1,), 10.0, requires_grad=backward)
     upstream_TK, upstream_E = torch.randn(size.tokens, size.top_k), torch.randn(size.experts)
 
@@ -157,7 +163,7 @@ def _routers(size: RouterSize, dtype: torch.dtype, backward: bool, device: str) 
         "reference": lambda: run(ours(cosine_route_reference)),
         "chain": lambda: run(_chain),
     }
-    if device == "cuda":
+    if device in extension().devices and device == "cuda":
         variants["unfused"] = lambda: run(_unfused)
     return variants
 

@@ -95,6 +95,8 @@ BREAKS = {  # file, text, what takes its place, what is said
     "a wait less": (DOTS, "wait_for_copies<kStages - 2>();", "", "assert"),
     "past the last row": (DOTS, "t < tokens :", "true :", "heap-buffer-overflow"),
     "another lane": ("cuda/route_fused_backward.cu", "16 + lane % 16", "16 + lane % 8", "assert"),
+    "gates read early": (ROW, "  __syncwarp();\n  const bool", "  const bool", "assert"),
+    "ids read early": (ROW, "  __syncwarp();\n  float along_p", "  float along_p", "assert"),
     "half a warp": (ROW, "  if (live) {", "  if (lane) __syncwarp();\n  if (live) {", "instructions"),
 }  # fmt: skip
 

@@ -200,39 +200,48 @@ def test_no_tokens_and_no_valid_tokens():
     assert unseen.valid_count == 0 and not unseen.mean_probs_E.any() and not unseen.lse_T.any()
 
 
-def test_results_do_not_depend_on_threads():
-    tensors = inputs(3000, 32, 64)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_results_do_not_depend_on_threads(dtype):
+    tensors = inputs(3000, 32, 64, dtype=dtype)
+    weights_TK, weights_E = torch.randn(3000, 2), torch.randn(64)
     results = []
     for threads in (1, 2):
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         own = leaves(tensors)
         routing, _ = cosine_route(*own, 2, "all")
+        (
+            (routing.gates_TK * weights_TK).sum() + (routing.mean_probs_E * weights_E).sum()
+        ).backward()
         torch.set_num_threads(before)
-        results.append(routing)
-    for first, second in zip(*results, strict=True):
-        assert torch.equal(first, second) or first.dtype.is_floating_point
-    assert torch.equal(results[0].expert_ids_TK, results[1].expert_ids_TK)
+        results.append([*routing, *(tensor.grad for tensor in own)])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+WAYS = [torch.float32, pytest.param(torch.bfloat16, id="bfloat16, fused on a GPU")]
 
 
 @pytest.mark.parametrize("gate", range(3))
-def test_the_operator_keeps_torchs_contract(gate):
-    x_TD, anchors_ED, temperature = leaves(inputs(37, 16, 24))
-    chosen_by = selection(37, 24, True)
+@pytest.mark.parametrize("dtype", WAYS)
+def test_the_operator_keeps_torchs_contract(gate, dtype):
+    x_TD, anchors_ED, temperature = leaves(inputs(37, 16, 24, dtype=dtype))
     operator = torch.ops.sra_kernels.cosine_route.default
     cosine_route(x_TD, anchors_ED, temperature, 2, "all")  # registers
-    for selected in (chosen_by, Selection()):
-        torch.library.opcheck(operator, (x_TD, anchors_ED, temperature, 2, gate, False, *selected))
+    fused = can_be_fused(x_TD, anchors_ED)
+    assert fused == (dtype == torch.bfloat16 and DEVICE in FUSED_DEVICES)
+    for selected in (selection(37, 24, True), Selection()):
+        torch.library.opcheck(operator, (x_TD, anchors_ED, temperature, 2, gate, fused, *selected))
 
 
-def test_it_compiles_without_graph_breaks():
+@pytest.mark.parametrize("dtype", WAYS)
+def test_it_compiles_without_graph_breaks(dtype):
     def loss(x_TD: Tensor, anchors_ED: Tensor, temperature: Tensor) -> Tensor:
         routing, _ = cosine_route(x_TD, anchors_ED, temperature, 2, "all")
         return routing.gates_TK.square().sum() + (routing.mean_probs_E * routing.load_E).sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for tokens in (33, 65, 1000):
-        mine, theirs = (leaves(t) for t in itertools.repeat(inputs(tokens, 16, 24), 2))
+        mine, theirs = (leaves(t) for t in itertools.repeat(inputs(tokens, 16, 24, dtype=dtype), 2))
         first, second = compiled(*mine), loss(*theirs)
         torch.testing.assert_close(first, second)
         first.backward(), second.backward()
@@ -252,8 +261,52 @@ def test_autocast_is_kept_out():
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
-def test_wrong_shapes_are_refused_in_words():
-    with pytest.raises(RuntimeError, match=r"anchors E x D expected, got 3 x 4 and 5 x 6"):
-        cosine_route(torch.randn(3, 4), torch.randn(5, 6), torch.ones(1), 2, "all")
-    with pytest.raises(RuntimeError, match="1 or E entries expected, got 3 for 5"):
-        cosine_route(torch.randn(3, 4), torch.randn(5, 4), torch.ones(3), 2, "all")
+def test_layouts_and_types_that_mean_the_same_give_the_same():
+    x_TD, anchors_ED, temperature = inputs(40, 16, 8)
+    chosen_by = selection(40, 8, True)
+    plain, _ = cosine_route(x_TD, anchors_ED, temperature, 2, "all", chosen_by)
+    other, _ = cosine_route(
+        torch.cat([x_TD, x_TD], -1)[:, :16],
+        anchors_ED.T.contiguous().T,
+        temperature.double().expand(8),
+        2,
+        "all",
+        Selection(
+            chosen_by.valid_T.repeat_interleave(2)[::2],
+            chosen_by.bias_E.double(),
+            chosen_by.noise_TE.T.contiguous().T,
+        ),
+    )
+    assert all(torch.equal(*pair) for pair in zip(plain, other, strict=True))
+
+
+def test_only_some_facts_may_have_gradients():
+    """Of a loss of one fact alone, with nothing from upstream for the others."""
+    tensors = inputs(30, 16, 8)
+    for fact in FACTS:
+        mine, theirs = leaves(tensors), leaves(tensors)
+        for route, own in ((cosine_route, mine), (cosine_route_reference, theirs)):
+            getattr(route(*own, 2, "all")[0], fact).square().sum().backward()
+        for own, other in zip(mine, theirs, strict=True):
+            assert_near(own.grad, other.grad, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"anchors": (5, 6)}, "anchors E x D expected, got 3 x 4 and 5 x 6"),
+        ({"temperature": (3,)}, "temperature of 1 or E entries expected, got 3 for 5 experts"),
+        ({"top_k": 6}, "k between 1 and 5 expected, got 6"),
+        ({"valid_T": torch.ones(4, dtype=torch.bool)}, "valid must be bool, one for each of 3 tokens"),
+        ({"valid_T": torch.ones(3)}, "valid must be bool, one for each of 3 tokens"),
+        ({"bias_E": torch.zeros(1)}, "bias must be float32, one for each of 5 experts"),
+        ({"noise_TE": torch.zeros(5, 3)}, "noise must be float32, 3 x 5"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_in_words(changes, said):
+    anchors_ED = torch.randn(changes.pop("anchors", (5, 4)))
+    temperature = torch.ones(changes.pop("temperature", (1,)))
+    top_k = changes.pop("top_k", 2)
+    chosen_by = Selection(**{name: tensor.to(DEVICE) for name, tensor in changes.items()})
+    with pytest.raises(RuntimeError, match=said):
+        cosine_route(torch.randn(3, 4), anchors_ED, temperature, top_k, "all", chosen_by)

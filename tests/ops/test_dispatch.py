@@ -180,3 +180,18 @@ def test_rows_that_are_not_contiguous() -> None:
     y_RD, gates_TK = torch.randn(WIDTH, 80).T, torch.rand(2, 40).T
     near = combine_reference(y_RD, gates_TK, plan)
     torch.testing.assert_close(combine(y_RD, gates_TK, plan), near)
+
+
+def test_a_plan_of_other_tokens_is_refused_in_words(kernels: str) -> None:
+    if kernels == "reference":
+        pytest.skip("the torch functions have their own words")
+    plan = plan_dispatch(expert_ids(12, 2, "mixed"), EXPERTS)
+    with pytest.raises(RuntimeError, match="a row for every route of 7 tokens expected, got 24"):
+        dispatch(torch.randn(7, WIDTH), plan)
+    with pytest.raises(RuntimeError, match="24 contiguous rows expected, got 20 x 5"):
+        combine(torch.randn(20, WIDTH), torch.rand(12, 2), plan)
+    with pytest.raises(RuntimeError, match="one for each of 24 routes, expected, got 10 x 2"):
+        combine(torch.randn(24, WIDTH), torch.rand(10, 2), plan)
+    beyond = plan._replace(inverse_R=plan.inverse_R + 1)
+    with pytest.raises(RuntimeError, match="rows between 0 and 23 expected"):
+        dispatch(torch.randn(12, WIDTH), beyond)

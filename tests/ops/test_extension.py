@@ -110,22 +110,25 @@ def test_architectures_that_are_none_are_refused(archs):
 
 
 @pytest.mark.parametrize(
-    ("asked", "torch_has_cuda", "toolkit", "archs", "reason"),
+    ("asked", "torch_cuda", "toolkit", "archs", "reason"),
     [
-        ("0", True, Path("/cuda"), (), "SRA_CUDA=0"),
-        ("auto", False, Path("/cuda"), (), "this torch has no CUDA"),
-        ("auto", True, None, (), "there is no CUDA toolkit (CUDA_HOME)"),
-        ("1", False, None, (), "there is no CUDA toolkit (CUDA_HOME)"),
-        ("auto", True, Path("/cuda"), ("86", "90+PTX"), ""),
-        ("1", False, Path("/cuda"), ("86", "90+PTX"), ""),
+        ("0", 13, 13, (), "SRA_CUDA=0"),
+        ("auto", None, 13, (), "this torch has no CUDA"),
+        ("auto", 13, None, (), "there is no CUDA toolkit (CUDA_HOME)"),
+        ("1", None, None, (), "there is no CUDA toolkit (CUDA_HOME)"),
+        ("auto", 12, 13, (), "torch is for CUDA 12, {home} is 13"),
+        ("auto", 13, 13, ("86", "90+PTX"), ""),
+        ("1", None, 13, ("86", "90+PTX"), ""),
     ],
 )  # fmt: skip
-def test_what_is_built_for_gpus(monkeypatch, asked, torch_has_cuda, toolkit, archs, reason):
+def test_what_is_built_for_gpus(monkeypatch, tmp_path, asked, torch_cuda, toolkit, archs, reason):
     monkeypatch.setenv("SRA_CUDA", asked)
     monkeypatch.setenv("SRA_CUDA_ARCHS", "86; 90+PTX")
-    monkeypatch.setattr(kernel_build, "_torch_has_cuda", lambda: torch_has_cuda)
-    monkeypatch.setattr(kernel_build, "cuda_home", lambda: toolkit)
-    assert kernel_build.wanted() == (archs, reason)
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "cuda.h").write_text(f"#define CUDA_VERSION {toolkit}000\n", "utf-8")
+    monkeypatch.setattr(kernel_build, "_torch_cuda", lambda: torch_cuda)
+    monkeypatch.setattr(kernel_build, "cuda_home", lambda: toolkit and tmp_path)
+    assert kernel_build.wanted() == (archs, reason.format(home=tmp_path))
 
 
 def test_a_wish_that_makes_no_sense_leaves_the_kernels_for_cpus(monkeypatch, tmp_path):
@@ -157,6 +160,8 @@ def libraries(monkeypatch, tmp_path):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         monkeypatch.setattr(extension_module, "PACKAGE", package)
         monkeypatch.setattr(extension_module, "build_what_is_wanted", build_what_is_wanted)
+        why = "no toolkit" if built == "" else ""
+        monkeypatch.setattr(extension_module, "wanted", lambda: kernel_build.Wanted((), why))
 
     return arrange
 
@@ -173,7 +178,8 @@ BROKEN = kernel_build.BuildError("nvcc fails")
         ([""], ["86"], BROKEN, (8, 6), "86", "built on this machine before"),
         ([""], ["90"], "86", (8, 6), "86", "built on first use"),
         ([""], [], BROKEN, (8, 6), "", "installed with the package; not for this GPU: nvcc fails"),
-        ([""], [], "", (8, 6), "", "built on first use; not for this GPU: no toolkit"),
+        ([""], [], "", (8, 6), "", "installed with the package; not for this GPU: no toolkit"),
+        ([], [], "", (8, 6), "", "built on first use; not for this GPU: no toolkit"),
         ([], [], "90", (8, 6), "90", "built on first use; not for this GPU: SRA_CUDA_ARCHS names others"),
     ],
 )  # fmt: skip
@@ -181,11 +187,42 @@ def test_the_library_that_serves_the_gpu_is_chosen(
     libraries, installed, cached, built, capability, archs, how
 ):
     libraries(installed, cached, built)
-    path, found = extension_module._library(capability)
+    present = frozenset() if capability is None else frozenset({capability})
+    path, found = extension_module._library(present)
     assert (";".join(kernel_build.archs_of(path)), found) == (archs, how)
 
 
 def test_nothing_to_load_and_nothing_to_build_is_an_error(libraries):
     libraries([], [], BROKEN)
     with pytest.raises(kernel_build.BuildError, match="nvcc fails"):
-        extension_module._library((8, 6))
+        extension_module._library(frozenset({(8, 6)}))
+
+
+def test_a_cache_that_cannot_be_written_leaves_the_installed_library(
+    libraries, monkeypatch, tmp_path
+):
+    libraries([""], [], BROKEN)
+    (tmp_path / "no-folder").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "no-folder"))
+    monkeypatch.setattr(extension_module, "build_what_is_wanted", kernel_build.build_what_is_wanted)
+    monkeypatch.setattr(kernel_build, "wanted", lambda: kernel_build.Wanted(("86",), ""))
+    path, how = extension_module._library(frozenset({(8, 6)}))
+    assert path.name == kernel_build.library_name()
+    assert how.startswith("installed with the package; not for this GPU: ")
+    assert "Not a directory" in how or "File exists" in how
+
+
+def test_every_gpu_of_the_process_is_served(libraries):
+    libraries(["80"], ["80;90"], BROKEN)
+    path, _ = extension_module._library(frozenset({(8, 0), (9, 0)}))
+    assert kernel_build.archs_of(path) == ("80", "90")
+
+
+def test_probes_that_fail_or_hang_say_nothing(monkeypatch):
+    assert kernel_build._output(["/nowhere/nvidia-smi"]) == ""
+
+    def hang(*_, **options):
+        raise subprocess.TimeoutExpired("nvidia-smi", options["timeout"])
+
+    monkeypatch.setattr(subprocess, "run", hang)
+    assert kernel_build._output(["nvidia-smi"]) == ""

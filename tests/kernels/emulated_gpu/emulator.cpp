@@ -48,6 +48,7 @@ std::vector<Warp> warps;
 const std::function<void()>* kernel;
 ucontext_t scheduler;
 int current, threads, waiting, finished;
+bool backwards_first;  // changes with every kernel, so that kernels of one block have both orders
 
 void enter() {
   (*kernel)();
@@ -85,15 +86,16 @@ void start(const cudaLaunchConfig_t& config) {
   waiting = finished = 0;
 }
 
-// One warp after the other, in another order in each block.
+// One warp after the other and one lane after the other, in another order in each block.
 void run_block() {
   const int count = threads / kWarp, turned = static_cast<int>(blockIdx.x) % count;
   while (finished < threads) {
     bool any = false;
     for (int w = 0; w < count; ++w)
       for (int l = 0; l < kWarp; ++l) {
-        const int order = blockIdx.x % 2 ? w : count - 1 - w;
-        const int i = (order + turned) % count * kWarp + l;
+        const bool forwards = blockIdx.x % 2 == backwards_first;
+        const int warp = ((forwards ? w : count - 1 - w) + turned) % count;
+        const int i = warp * kWarp + (forwards ? l : kWarp - 1 - l);
         if (fibers[i].done || !fibers[i].ready) continue;
         any = true;
         current = i;
@@ -112,6 +114,7 @@ void run(const cudaLaunchConfig_t& config, const std::function<void()>& body) {
   if (config.dynamicSmemBytes > kMostShared) stop("more shared memory than a block may have");
   gridDim = config.gridDim;
   kernel = &body;
+  backwards_first = !backwards_first;
   for (unsigned x = 0; x < gridDim.x; ++x) {
     blockIdx = dim3(x);
     std::vector<unsigned char> memory(config.dynamicSmemBytes + 128, 0xff);  // not numbers

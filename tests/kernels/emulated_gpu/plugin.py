@@ -5,5 +5,5 @@ from pathlib import Path
 
 from sra_ds.ops import cosine_route, extension
 
-extension._library = lambda capability: (Path(os.environ["EMULATED_GPU"]), "emulated")
+extension._library = lambda capabilities: (Path(os.environ["EMULATED_GPU"]), "emulated")
 cosine_route.FUSED_DEVICES = ("cpu",)
