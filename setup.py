@@ -6,7 +6,6 @@ which GPUs they are compiled, as sra_ds/ops/kernel_build.py explains.
 """
 
 import importlib.util
-import os
 import shutil
 from pathlib import Path
 
@@ -46,10 +45,7 @@ class BuildKernels(build_ext):
         if why:
             self.warn(f"the compiled kernels are for CPUs alone: {why}")
         self.library = built.name
-        target = Path(self.get_ext_fullpath(ext.name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(built, target.with_suffix(".part"))
-        os.replace(target.with_suffix(".part"), target)
+        kernel_build.install(built, Path(self.get_ext_fullpath(ext.name)))
 
     def get_ext_filename(self, name: str) -> str:
         """No tag of a Python: the library does not know any."""

@@ -5,8 +5,6 @@ where every installation of these sources finds it.
 """
 
 import argparse
-import os
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -16,15 +14,7 @@ from typing import Any
 from sra_ds import cli
 from sra_ds.errors import BackendUnavailable
 from sra_ds.ops.extension import cache_folder
-from sra_ds.ops.kernel_build import (
-    EVERYWHERE,
-    BuildError,
-    Wanted,
-    build,
-    cuda_home,
-    parse_archs,
-    wanted,
-)
+from sra_ds.ops.kernel_build import EVERYWHERE, BuildError, asked_for, build, install
 from sra_ds.ops.kernel_report import kernel_reports
 
 
@@ -43,31 +33,20 @@ def command(arguments: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
     with TemporaryDirectory() as scratch:
         try:
-            archs, reason = _wanted(arguments.archs)
+            archs, reason = asked_for(arguments.archs)
             library = build(Path(scratch), archs)
             kernels = kernel_reports(Path(scratch)) if archs else []
         except BuildError as error:
             raise BackendUnavailable(str(error)) from None
-        folder = arguments.out or cache_folder()
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(library, folder / f"{library.name}.part")
-        os.replace(folder / f"{library.name}.part", folder / library.name)
+        target = (arguments.out or cache_folder()) / library.name
+        install(library, target)
     return {
-        "library": str(folder / library.name),
+        "library": str(target),
         "not_for_gpus": reason,
-        "megabytes": round((folder / library.name).stat().st_size / 1e6, 1),
+        "megabytes": round(target.stat().st_size / 1e6, 1),
         "seconds": round(time.monotonic() - started, 1),
         "kernels": [kernel._asdict() for kernel in kernels],
     }
-
-
-def _wanted(archs: str | None) -> Wanted:
-    if archs is None and os.environ.get("SRA_CUDA") != "1":
-        return wanted()
-    found = wanted() if archs is None else Wanted(parse_archs(archs), "")
-    if not found.archs or cuda_home() is None:
-        raise BuildError("there is no CUDA toolkit: set CUDA_HOME")
-    return found
 
 
 def show(result: dict[str, Any]) -> None:

@@ -119,6 +119,16 @@ def wanted() -> Wanted:
     return Wanted(parse_archs(named), "")
 
 
+def asked_for(archs: str | None) -> Wanted:
+    """`wanted`, or GPUs of `archs`; raises `BuildError` if GPUs are insisted on in vain."""
+    if archs is None and os.environ.get("SRA_CUDA") != "1":
+        return wanted()
+    found = wanted() if archs is None else Wanted(parse_archs(archs), "")
+    if not found.archs or cuda_home() is None:
+        raise BuildError("there is no CUDA toolkit: set CUDA_HOME")
+    return found
+
+
 def library_name(archs: tuple[str, ...] = ()) -> str:
     """File name of the library these sources give for CPUs and GPUs of `archs`."""
     how = (FLAGS, CUDA_FLAGS, NINJA, STABLE_ABI, platform.machine())
@@ -172,6 +182,14 @@ def build(folder: Path, archs: tuple[str, ...]) -> Path:
             return library
     except OSError as error:
         raise BuildError(f"{error.filename or folder}: {error.strerror or error}") from None
+
+
+def install(library: Path, target: Path) -> None:
+    """Copy it there, whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_suffix(".part")
+    shutil.copy2(library, part)
+    os.replace(part, target)
 
 
 def _compile(library: Path, archs: tuple[str, ...]) -> None:
