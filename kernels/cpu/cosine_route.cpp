@@ -81,27 +81,17 @@ SRA_INLINE void round_row(const float* row, int64_t width, void* out) {
 
 SRA_CLONES void inverse_norms(const void* rows, Number type, int64_t count, int64_t width, float eps,
                               float* inverse, float* wide) {
-  if (type == Number::kFloat)
-    inverse_norms_of(static_cast<const Float*>(rows), count, width, eps, inverse, wide);
-  else if (type == Number::kBFloat16)
-    inverse_norms_of(static_cast<const BFloat16*>(rows), count, width, eps, inverse, wide);
-  else
-    inverse_norms_of(static_cast<const Half*>(rows), count, width, eps, inverse, wide);
+  SRA_WITH_TYPE(type, inverse_norms_of(static_cast<const T*>(rows), count, width, eps, inverse, wide))
 }
 
 SRA_CLONES void subtract_along(const void* gradient, Number gradient_type, const void* rows, Number type,
                                const float* along, int64_t count, int64_t width, void* out) {
-  const Float* wide = static_cast<const Float*>(gradient);
-  if (type == Number::kFloat) {
-    subtract_along_of(wide, static_cast<const Float*>(rows), along, count, width, static_cast<Float*>(out));
-  } else if (type == Number::kHalf) {
-    subtract_along_of(wide, static_cast<const Half*>(rows), along, count, width, static_cast<Half*>(out));
-  } else if (gradient_type == Number::kFloat) {
-    subtract_along_of(wide, static_cast<const BFloat16*>(rows), along, count, width,
-                      static_cast<BFloat16*>(out));
+  if (gradient_type == Number::kFloat) {
+    SRA_WITH_TYPE(type, subtract_along_of(static_cast<const Float*>(gradient), static_cast<const T*>(rows), along,
+                                          count, width, static_cast<T*>(out)))
   } else {
-    subtract_along_of(static_cast<const BFloat16*>(gradient), static_cast<const BFloat16*>(rows), along, count,
-                      width, static_cast<BFloat16*>(out));
+    SRA_WITH_TYPE(type, subtract_along_of(static_cast<const T*>(gradient), static_cast<const T*>(rows), along,
+                                          count, width, static_cast<T*>(out)))
   }
 }
 

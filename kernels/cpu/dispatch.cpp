@@ -65,33 +65,20 @@ SRA_INLINE void sum_backward(const Routes& routes, const T* grad_TD, const T* ro
 
 }  // namespace
 
-// Each of the three for float32, bfloat16 and float16.
-#define SRA_OF_NUMBERS(call)                                              \
-  if (type == Number::kFloat) {                                           \
-    using T = Float;                                                      \
-    call;                                                                 \
-  } else if (type == Number::kBFloat16) {                                 \
-    using T = BFloat16;                                                   \
-    call;                                                                 \
-  } else {                                                                \
-    using T = Half;                                                       \
-    call;                                                                 \
-  }
-
 SRA_CLONES void spread_rows(Number type, const Routes& routes, const void* x_TD, int64_t first, int64_t last,
                             void* rows_RD) {
-  SRA_OF_NUMBERS(spread(routes, static_cast<const T*>(x_TD), first, last, static_cast<T*>(rows_RD)));
+  SRA_WITH_TYPE(type, spread(routes, static_cast<const T*>(x_TD), first, last, static_cast<T*>(rows_RD)))
 }
 
 SRA_CLONES void sum_rows(Number type, const Routes& routes, const void* rows_RD, const float* gates_TK,
                          int64_t first, int64_t last, void* out_TD) {
-  SRA_OF_NUMBERS(sum(routes, static_cast<const T*>(rows_RD), gates_TK, first, last, static_cast<T*>(out_TD)));
+  SRA_WITH_TYPE(type, sum(routes, static_cast<const T*>(rows_RD), gates_TK, first, last, static_cast<T*>(out_TD)))
 }
 
 SRA_CLONES void sum_rows_backward(Number type, const Routes& routes, const void* grad_TD, const void* rows_RD,
                                   const float* gates_TK, int64_t first, int64_t last, void* grad_RD,
                                   float* grad_gates_TK) {
-  SRA_OF_NUMBERS(sum_backward(routes, static_cast<const T*>(grad_TD), static_cast<const T*>(rows_RD), gates_TK,
+  SRA_WITH_TYPE(type, sum_backward(routes, static_cast<const T*>(grad_TD), static_cast<const T*>(rows_RD), gates_TK,
                               first, last, static_cast<T*>(grad_RD), grad_gates_TK));
 }
 

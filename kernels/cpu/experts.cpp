@@ -105,25 +105,6 @@ SRA_INLINE void sum_columns_of(const T* rows, int64_t n, int64_t width, T* sums)
   }
 }
 
-// A statement in which T is the type of the numbers.
-#define SRA_WITH_TYPE(type, ...)          \
-  switch (type) {                         \
-    case Number::kFloat: {                \
-      using T = Float;                    \
-      __VA_ARGS__;                        \
-      break;                              \
-    }                                     \
-    case Number::kBFloat16: {             \
-      using T = BFloat16;                 \
-      __VA_ARGS__;                        \
-      break;                              \
-    }                                     \
-    case Number::kHalf: {                 \
-      using T = Half;                     \
-      __VA_ARGS__;                        \
-    }                                     \
-  }
-
 }  // namespace
 
 SRA_CLONES void activate(Number type, const Hidden& hidden, const void* bias, int64_t n, void* active) {

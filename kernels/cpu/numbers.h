@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../number.h"
+
 namespace sra::cpu {
 
 #define SRA_INLINE inline __attribute__((always_inline))
@@ -48,6 +50,26 @@ struct Float {
   SRA_INLINE operator float() const { return value; }
   static SRA_INLINE Float nearest(float value) { return {value}; }
 };
+
+// A statement in which T is the type of the numbers. A macro, so that it is compiled with the caller, for
+// each of its processors.
+#define SRA_WITH_TYPE(type, ...)          \
+  switch (type) {                         \
+    case Number::kFloat: {                \
+      using T = Float;                    \
+      __VA_ARGS__;                        \
+      break;                              \
+    }                                     \
+    case Number::kBFloat16: {             \
+      using T = BFloat16;                 \
+      __VA_ARGS__;                        \
+      break;                              \
+    }                                     \
+    case Number::kHalf: {                 \
+      using T = Half;                     \
+      __VA_ARGS__;                        \
+    }                                     \
+  }
 
 // exp of x <= 0 to about 2 ulp (degree-6 polynomial on [-ln 2 / 2, ln 2 / 2]); below -87 it is exp(-87).
 SRA_INLINE float exp_negative(float x) {

@@ -28,50 +28,59 @@ __global__ void __launch_bounds__(kThreads)
   if (lane == 0) inverse[row] = 1.0f / fmaxf(sqrtf(sum), eps);
 }
 
-// Sums over `count` rows of `width` numbers, column `column` of them, by a block of kTile x kTile threads;
-// threads with threadIdx.y == 0 get the result.
-__device__ __forceinline__ float column_sum(const float* rows, int count, int width, int column) {
+// Sums over `count` rows of `width` numbers, of N columns for each threadIdx.x, by a block of kTile x kTile
+// threads; threads with threadIdx.y == 0 get the results.
+template <int N>
+__device__ __forceinline__ void column_sums(const float* rows, int count, int width, const int (&columns)[N],
+                                            float (&sums)[N]) {
   float* tile = reinterpret_cast<float*>(shared_memory());
-  float sum = 0.0f;
-  if (column < width)
-    for (int r = threadIdx.y; r < count; r += kTile) sum += rows[static_cast<int64_t>(r) * width + column];
-  tile[threadIdx.y * (kTile + 1) + threadIdx.x] = sum;
-  __syncthreads();
-  sum = 0.0f;
-  if (threadIdx.y == 0)
-    for (int y = 0; y < kTile; ++y) sum += tile[y * (kTile + 1) + threadIdx.x];
-  __syncthreads();
-  return sum;
+  for (int n = 0; n < N; ++n) sums[n] = 0.0f;
+  for (int r = threadIdx.y; r < count; r += kTile) {
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+      if (columns[n] < width) sums[n] += rows[static_cast<int64_t>(r) * width + columns[n]];
+  }
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    tile[threadIdx.y * (kTile + 1) + threadIdx.x] = sums[n];
+    __syncthreads();
+    sums[n] = 0.0f;
+    if (threadIdx.y == 0)
+      for (int y = 0; y < kTile; ++y) sums[n] += tile[y * (kTile + 1) + threadIdx.x];
+    __syncthreads();
+  }
 }
 
 __global__ void statistics(const float* parts, int blocks, int experts, float* load_E, float* mean_probs_E,
                            float* valid_count) {
-  const int width = 2 * experts + 1, e = blockIdx.x * kTile + threadIdx.x;
-  const float routes = column_sum(parts, blocks, width, e);
-  const float probs = column_sum(parts, blocks, width, experts + e);
-  const float valid = column_sum(parts, blocks, width, 2 * experts);
+  const int e = blockIdx.x * kTile + threadIdx.x;
+  float sums[3];  // routes, probabilities, valid tokens
+  column_sums<3>(parts, blocks, 2 * experts + 1, {e, experts + e, 2 * experts}, sums);
   if (threadIdx.y > 0) return;
   if (e < experts) {
-    load_E[e] = routes;
-    mean_probs_E[e] = probs / fmaxf(1.0f, valid);
+    load_E[e] = sums[0];
+    mean_probs_E[e] = sums[1] / fmaxf(1.0f, sums[2]);
   }
-  if (e == 0) *valid_count = valid;
+  if (e == 0) *valid_count = sums[2];
 }
 
 __global__ void sum_parts(const float* parts, int blocks, int experts, float* sums_E) {
   const int e = blockIdx.x * kTile + threadIdx.x;
-  const float sum = column_sum(parts, blocks, experts, e);
-  if (threadIdx.y == 0 && e < experts) sums_E[e] = sum;
+  float sum[1];
+  column_sums<1>(parts, blocks, experts, {e}, sum);
+  if (threadIdx.y == 0 && e < experts) sums_E[e] = sum[0];
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) subtract_along_of(const float* gradient, const T* rows,
-                                                              const float* along, int64_t width, T* out) {
+                                                              const float* along, int64_t count, int64_t width,
+                                                              T* out) {
   constexpr int V = 4;
-  const int64_t row = blockIdx.x;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  if (row >= count) return;
   const bool vectors = in_vectors<V>(width);
   const float factor = along[row];
-  for (int64_t first = threadIdx.x * V; first < width; first += kThreads * V) {
+  for (int64_t first = threadIdx.x % 32 * V; first < width; first += 32 * V) {
     float g[V], x[V];
     read(gradient + row * width, first, width, vectors, 0.0f, g);
     read(rows + row * width, first, width, vectors, 0.0f, x);
@@ -135,8 +144,8 @@ int subtract_along(const float* gradient, const void* rows, Number type, const f
                    int64_t width, void* out, void* stream) {
   return with_numbers(type, [&](auto* number) {
     using T = std::remove_pointer_t<decltype(number)>;
-    return launch(subtract_along_of<T>, blocks_of(count, 1), kThreads, 0, stream, gradient,
-                  static_cast<const T*>(rows), along, width, static_cast<T*>(out));
+    return launch(subtract_along_of<T>, blocks_of(count, kWarps), kThreads, 0, stream, gradient,
+                  static_cast<const T*>(rows), along, count, width, static_cast<T*>(out));
   });
 }
 
