@@ -15,7 +15,12 @@ needs_toolkit = pytest.mark.skipif(cuda_home() is None, reason="needs a CUDA too
 MOST_SECONDS = 300
 BEYOND = "Lanes<32, 128, 4>"
 """Rows of 2,049 to 4,096 experts, the only ones that may need more registers than there are."""
-LOAD = "import sys, torch; torch.ops.load_library(sys.argv[1]); print(torch.ops.sra_kernels.cosine_route)"
+LOAD = """
+import sys, torch
+torch.ops.load_library(sys.argv[1])
+has = torch._C._dispatch_has_kernel_for_dispatch_key
+print(*(has(f"sra_kernels::cosine_route{way}", "CUDA") for way in ("", "_backward")))
+"""
 
 
 def build(out: Path, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -41,7 +46,7 @@ def check(out: Path, archs: str) -> None:
     loaded = subprocess.run(
         [sys.executable, "-c", LOAD, built["library"]], capture_output=True, text=True, check=False
     )
-    assert loaded.stdout.strip() == "sra_kernels.cosine_route", loaded.stderr
+    assert loaded.stdout.strip() == "True True", loaded.stderr
 
 
 @needs_toolkit

@@ -249,6 +249,24 @@ def test_it_compiles_without_graph_breaks(dtype):
             torch.testing.assert_close(own.grad, other.grad)
 
 
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+def test_it_follows_the_current_stream_and_can_be_captured():
+    tensors = inputs(300, 64, 32, dtype=torch.bfloat16)
+    expected, _ = cosine_route(*tensors, 2, "all")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        beside, _ = cosine_route(*tensors, 2, "all")
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured, _ = cosine_route(*tensors, 2, "all")
+    graph.replay()
+    torch.cuda.synchronize()
+    for found in (beside, captured):
+        assert all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
+
+
 def test_autocast_is_kept_out():
     tensors = inputs(30, 16, 8)
     results = []
