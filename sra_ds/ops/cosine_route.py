@@ -11,7 +11,6 @@ dot products: the backward pass finds them again. Letters: T tokens, D width, E 
 token.
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -129,7 +128,6 @@ def _available_on(device_type: str) -> bool:
     return available
 
 
-@functools.cache
 def _register() -> None:
     register_operator("cosine_route", _shapes, _gradient_shapes, _backward, _keep_for_backward)
 

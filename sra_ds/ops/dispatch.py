@@ -8,7 +8,6 @@ Both are permutations up to the factor K, so their backward passes are gathers t
 deterministic. Letters: T tokens, K routes per token, R = T*K routes, D width, E experts.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -125,7 +124,6 @@ def _available_on(device_type: str) -> bool:
     return available
 
 
-@functools.cache
 def _register() -> None:
     register_operator(
         "dispatch",

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +37,8 @@ class Extension(NamedTuple):
 
 
 _override: ContextVar[str | None] = ContextVar("kernels", default=None)
+_registered: set[str] = set()
+_registering = Lock()
 
 
 @contextmanager
@@ -60,12 +63,17 @@ def register_operator(
     backward: Callable[..., Any],
     keep_for_backward: Callable[..., Any],
 ) -> None:
-    """What torch needs to trace and differentiate `name` by `name`_backward; once, after loading."""
-    torch.library.register_fake(f"sra_kernels::{name}", shapes)
-    torch.library.register_fake(f"sra_kernels::{name}_backward", gradient_shapes)
-    torch.library.register_autograd(
-        f"sra_kernels::{name}", backward, setup_context=keep_for_backward
-    )
+    """What torch needs to trace and differentiate `name` by `name`_backward, after loading; the first
+    call counts, whichever thread makes it."""
+    with _registering:
+        if name in _registered:
+            return
+        torch.library.register_fake(f"sra_kernels::{name}", shapes)
+        torch.library.register_fake(f"sra_kernels::{name}_backward", gradient_shapes)
+        torch.library.register_autograd(
+            f"sra_kernels::{name}", backward, setup_context=keep_for_backward
+        )
+        _registered.add(name)
 
 
 @functools.cache

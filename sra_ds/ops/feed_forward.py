@@ -9,7 +9,6 @@
 Letters: R rows in group order, D width, F hidden width, E experts.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -84,7 +83,6 @@ def _available_on(device_type: str, experts: int) -> bool:
     return available
 
 
-@functools.cache
 def _register() -> None:
     register_operator("feed_forward", _shapes, _gradient_shapes, _backward, _keep_for_backward)
 
