@@ -65,6 +65,11 @@ inline std::string shape(const Tensor& tensor) {
 
 inline Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
 
+// Where a row of a contiguous matrix begins.
+inline char* row_of(const Tensor& matrix, int64_t row) {
+  return static_cast<char*>(matrix.data_ptr()) + row * matrix.size(1) * matrix.element_size();
+}
+
 inline bool has_shape(const Tensor& tensor, const std::vector<int64_t>& sizes) {
   bool same = tensor.dim() == static_cast<int64_t>(sizes.size());
   for (size_t d = 0; same && d < sizes.size(); ++d) same = tensor.size(d) == sizes[d];

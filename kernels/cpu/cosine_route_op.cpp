@@ -71,10 +71,6 @@ Tensor sum_of(const std::vector<Tensor>& matrices) {
   return matrices[0];
 }
 
-const void* row_of(const Tensor& matrix, int64_t row) {
-  return static_cast<const char*>(matrix.data_ptr()) + row * matrix.size(1) * matrix.element_size();
-}
-
 // Each chunk of tokens is widened to float32, multiplied, and routed while it is in the cache.
 Routed cosine_route(const Tensor& x, const Tensor& anchors, const Tensor& temperature, int64_t top_k,
                     int64_t gate, bool fused, const OptionalTensor& valid, const OptionalTensor& selection_bias,
@@ -154,7 +150,7 @@ RouteGradients cosine_route_backward(const Tensor& grad_gates, const Tensor& gra
                         grad_dots.data_ptr(), result, along_x.data(), &parts[c * E]);
     const Tensor through_dots = product(rows(grad_dots, first, last), factor_ED);
     subtract_along(through_dots.data_ptr(), result, row_of(x, first), number, &along_x[first], last - first,
-                   D, const_cast<void*>(row_of(grad_x, first)));
+                   D, row_of(grad_x, first));
     if (in_parts) anchor_parts[c] = product(transposed(rows(grad_dots, first, last)), rows(factor_TD, first, last));
   });
   const std::vector<float> cosines = chunks.sum(parts, E);

@@ -46,10 +46,6 @@ class Groups {
   std::vector<int64_t> order_;
 };
 
-char* row_of(const Tensor& matrix, int64_t row) {
-  return static_cast<char*>(matrix.data_ptr()) + row * matrix.size(1) * matrix.element_size();
-}
-
 Tensor expert_of(const Tensor& stacked, int64_t e) {
   Tensor whole = stacked;
   return stable::select(whole, 0, e);

@@ -13,7 +13,7 @@ constexpr int64_t kRowsTogether = 8;
 // The operator torch's own compiler uses for linear layers on the CPU; false if this torch has another.
 bool onednn_product(const Tensor& left, const Tensor& right, Tensor* result) {
   std::array<StableIValue, 6> stack{detail::from(left),
-                                    detail::from(torch::stable::transpose(right, 0, 1)),
+                                    detail::from(transposed(right)),
                                     detail::from(OptionalTensor()),
                                     detail::from(std::string("none")),
                                     detail::from(std::vector<double>{}),
