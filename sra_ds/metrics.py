@@ -2,9 +2,13 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 DEAD_SHARE = 1e-4
+HISTOGRAM_EDGES = (0.0, *(2.0**power for power in range(-6, 3)))
+"""Upper bounds of the bins of `load_histogram`, 0, 1/64, 1/32, ... 4; the last bin has none."""
 
 
 def dead_experts(load_E: Tensor, tokens: float) -> dict[str, int]:
@@ -53,3 +57,21 @@ def layers_summary(load_LE: Tensor, tokens: float) -> dict[str, Any]:
         "max_violation": max((layer["max_violation"] for layer in layers), default=0.0),
         "per_layer": layers,
     }
+
+
+def load_histogram(load_E: Tensor) -> list[float]:
+    """Share of the experts per bin of load over mean load: none at all, up to 1/64, then doubling bins up
+    to 4, and above. Bins include their upper bound, so an even load is all in the one that ends at 1."""
+    load = load_E.double().cpu()
+    ratio_E = load / load.mean().clamp(min=1e-12)
+    bins_E = torch.bucketize(ratio_E, torch.tensor(HISTOGRAM_EDGES, dtype=ratio_E.dtype))
+    counts = torch.bincount(bins_E, minlength=len(HISTOGRAM_EDGES) + 1)
+    shares: list[float] = (counts / len(load)).tolist()
+    return shares
+
+
+def anchor_drift(now_ED: Tensor, start_ED: Tensor) -> float:
+    """Mean over experts of 1 - cos(anchor now, anchor then): 0 for none, 1 for right angles, 2 for the
+    opposite; as half the squared distance of the unit vectors, which rounding never makes negative."""
+    apart_ED = normalize(now_ED.double(), dim=-1) - normalize(start_ED.double(), dim=-1)
+    return float(apart_ED.square().sum(-1).mean() / 2)

@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from sra_ds.metrics import dead_experts, load_summary
+from sra_ds.metrics import (
+    HISTOGRAM_EDGES,
+    anchor_drift,
+    dead_experts,
+    load_histogram,
+    load_summary,
+)
 from sra_ds.moe.routing import route
 from sra_ds.training.processes import over_ranks
 
@@ -69,3 +75,44 @@ def test_padding_changes_no_summary() -> None:
     valid_T = torch.arange(80) < 60
     padded, alone = route(scores_TE, 2, "all", valid_T), route(scores_TE[:60], 2, "all")
     assert load_summary(padded.load_E, 60.0) == load_summary(alone.load_E, 60.0)
+
+
+@pytest.mark.parametrize("experts", [1, 4, 130])
+def test_an_even_load_is_in_the_bin_that_ends_at_the_mean(experts: int) -> None:
+    histogram = load_histogram(torch.full((experts,), 7.0))
+    assert len(histogram) == len(HISTOGRAM_EDGES) + 1
+    assert histogram[HISTOGRAM_EDGES.index(1.0)] == 1.0 and sum(histogram) == 1.0
+
+
+def test_the_histogram_of_a_collapsed_load_has_its_two_ends() -> None:
+    histogram = load_histogram(torch.tensor([0.0, 0.0, 900.0, 0.0, 0.0, 0.0, 0.0, 0.0]))
+    assert histogram == [7 / 8, *[0.0] * (len(HISTOGRAM_EDGES) - 1), 1 / 8]
+
+
+def test_each_bin_of_the_histogram_holds_its_upper_bound_and_nothing_below() -> None:
+    """Fourteen experts with a mean load of 128: one on every bound, three inside a bin, one above all."""
+    load_E = torch.tensor([*(128 * edge for edge in HISTOGRAM_EDGES), 3.0, 65.0, 129.0, 573.0])
+    assert load_E.mean() == 128
+    counts = [round(14 * share) for share in load_histogram(load_E)]
+    assert counts == [1, 1, 2, 1, 1, 1, 1, 2, 2, 1, 1]
+
+
+def test_no_load_at_all_is_in_the_first_bin() -> None:
+    assert load_histogram(torch.zeros(5))[0] == 1.0
+
+
+@pytest.mark.parametrize("angle", [0.0, 0.3, math.pi / 2, math.pi])
+def test_drift_is_one_minus_the_cosine_of_a_known_rotation(angle: float) -> None:
+    start_ED = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.5, 0.0]], dtype=torch.float64)
+    turn = torch.eye(3, dtype=torch.float64)
+    turn[:2, :2] = torch.tensor(
+        [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
+    )
+    assert anchor_drift(3 * start_ED @ turn.T, start_ED) == pytest.approx(1 - math.cos(angle))
+
+
+def test_drift_is_the_mean_over_experts_and_exactly_zero_at_the_start() -> None:
+    start_ED = torch.randn(7, 33)
+    assert anchor_drift(start_ED, start_ED.clone()) == 0.0
+    turned_ED = torch.cat([-start_ED[:2], start_ED[2:]])
+    assert anchor_drift(turned_ED, start_ED) == pytest.approx(2 * 2 / 7)

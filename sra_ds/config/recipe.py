@@ -70,6 +70,22 @@ class Recipe(Part):
         return self
 
     @model_validator(mode="after")
+    def _remedies_have_an_effect(self) -> "Recipe":
+        channel, remedies = self.model.channel, self.training.remedies
+        if remedies.reseed_dead_anchors and not _router(channel, CosineRouterConfig):
+            raise ValueError(
+                "training.remedies.reseed_dead_anchors needs a router with anchors it can move (cosine)"
+            )
+        if remedies.raise_floor and not _router(channel, RouterConfig):
+            raise ValueError("training.remedies.raise_floor needs a router with scores")
+        if remedies.raise_floor and self.training.selection_bias_rate:
+            raise ValueError(
+                "training.remedies.raise_floor and training.selection_bias_rate both move the selection "
+                "bias; leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _losses_have_an_effect(self) -> "Recipe":
         losses, channel = self.losses, self.model.channel
         routed = isinstance(channel, MoEChannelConfig)

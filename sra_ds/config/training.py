@@ -52,6 +52,46 @@ def _check_knots(name: str, knots: tuple[Knot, ...]) -> None:
         raise ValueError(f"{name}: shares of the run must rise from 0 and stay below 1: {starts}")
 
 
+class RaiseFloorConfig(Part):
+    """Experts under a minimum load get a larger selection bias, step by step up to a cap."""
+
+    floor: float = Field(0.1, gt=0, lt=1)
+    """Smallest load over the window that is left alone, as a share of the mean load."""
+    step: float = Field(0.1, gt=0)
+    """Added to the bias once a window, in units of the scores (temperature x cosine)."""
+    cap: float = Field(1.0, gt=0)
+    """Largest bias that steps lead to, in the same units."""
+
+
+WINDOW_TOKENS = 1_000_000
+
+
+class RemediesConfig(Part):
+    """What a run does by itself for experts that get too few tokens; every application is logged."""
+
+    reseed_dead_anchors: bool = False
+    """Replace the anchor of an expert with fewer than 1e-4 of a window's routes by the normalised router
+    input of a token."""
+    raise_floor: RaiseFloorConfig | None = None
+    """Raise the selection bias of experts under a minimum load; None: off, {}: with these defaults."""
+    window_tokens: int = Field(WINDOW_TOKENS, gt=0)
+    """Tokens that are judged together; at the end of each window, and only then, something is done."""
+
+    @property
+    def active(self) -> bool:
+        """Whether there is anything to do."""
+        return self.reseed_dead_anchors or self.raise_floor is not None
+
+    @model_validator(mode="after")
+    def _window_has_an_effect(self) -> "RemediesConfig":
+        if self.window_tokens != WINDOW_TOKENS and not self.active:
+            raise ValueError(
+                f"window_tokens={self.window_tokens} has no effect without reseed_dead_anchors or "
+                "raise_floor"
+            )
+        return self
+
+
 class TrainingConfig(Part):
     """One optimizer step sees `batch_size` windows, whatever the number of processes."""
 
@@ -76,6 +116,7 @@ class TrainingConfig(Part):
     """Linear pieces [[share of the run, temperature], ...] for a router with a fixed temperature."""
     selection_bias_rate: float = Field(0.0, ge=0)
     """Step u of the auxiliary-loss-free balancing b += u sign(mean load - load); 0: off."""
+    remedies: RemediesConfig = RemediesConfig()
     activation_checkpointing: bool = False
     """Recompute attention and experts in backward; routing is kept, never recomputed."""
     compile: bool = False

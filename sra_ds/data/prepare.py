@@ -140,15 +140,24 @@ def _write_split(
     writer = ShardWriter(folder, split, dtype, end_of_text_id(tokenizer))
     with tqdm(desc=f"tokenizing {split}", unit="B", unit_scale=True, disable=not progress) as bar:
         for batch in _batches(source.documents(split)):
-            encodings = tokenizer.encode_batch_fast([document.text for document in batch])
-            for document, encoding in zip(batch, encodings, strict=True):
-                size = len(document.text.encode())
-                domain = domains.setdefault(document.domain, len(domains))
-                if domain > LAST_DOMAIN:
-                    raise DataError(f"more than {LAST_DOMAIN + 1} domain labels in the corpus")
-                writer.add(encoding.ids, document.words, size, domain)
-                bar.update(size)
+            bar.update(_write_batch(writer, batch, tokenizer, domains))
     return writer.close()
+
+
+def _write_batch(
+    writer: ShardWriter, batch: list[Document], tokenizer: Tokenizer, domains: dict[str, int]
+) -> int:
+    """Tokenize documents and append them, numbering new domain labels; their UTF-8 bytes."""
+    written = 0
+    encodings = tokenizer.encode_batch_fast([document.text for document in batch])
+    for document, encoding in zip(batch, encodings, strict=True):
+        domain = domains.setdefault(document.domain, len(domains))
+        if domain > LAST_DOMAIN:
+            raise DataError(f"more than {LAST_DOMAIN + 1} domain labels in the corpus")
+        size = len(document.text.encode())
+        writer.add(encoding.ids, document.words, size, domain)
+        written += size
+    return written
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
@@ -169,19 +178,23 @@ def _sync(folder: Path) -> None:
             os.fsync(stream.fileno())
 
 
-def split_from_files(path: Path, tokenizer: Tokenizer, vocab_size: int, folder: Path) -> TokenSplit:
-    """Tokenize a text file or folder into `folder` as a split of its own, for scoring."""
+def split_from_files(
+    path: Path, tokenizer: Tokenizer, vocab_size: int, folder: Path, max_tokens: int = 0
+) -> TokenSplit:
+    """Tokenize a text file or folder into `folder` as a split of its own, for scoring; with `max_tokens`
+    documents after the one that reaches it are not read."""
     dtype = token_dtype(vocab_size)
     writer = ShardWriter(folder, "text", dtype, end_of_text_id(tokenizer))
+    domains: dict[str, int] = {}
     documents = (d for file in list_files((path,)) for d in read_documents(file, "text"))
     for batch in _batches(documents):
-        encodings = tokenizer.encode_batch_fast([document.text for document in batch])
-        for document, encoding in zip(batch, encodings, strict=True):
-            writer.add(encoding.ids, document.words, len(document.text.encode()), 0)
+        _write_batch(writer, batch, tokenizer, domains)
+        if max_tokens and writer.tokens >= max_tokens:
+            break
     entry = writer.close()
     if entry["tokens"] < 2:
         raise DataError(f"{path} has no text to score")
-    return TokenSplit(folder, entry, dtype)
+    return TokenSplit(folder, entry, dtype, list(domains))
 
 
 def token_dtype(vocab_size: int) -> str:

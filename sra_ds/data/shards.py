@@ -12,6 +12,7 @@ document and a document's end is predicted by the next opening mark.
 import hashlib
 import json
 from array import array
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,11 @@ class ShardWriter:
 class TokenSplit:
     """Random access to the token stream of one split without loading it."""
 
-    def __init__(self, folder: Path, entry: dict[str, Any], dtype: str) -> None:
+    def __init__(
+        self, folder: Path, entry: dict[str, Any], dtype: str, domains: Sequence[str] = ()
+    ) -> None:
+        self.domains = list(domains)
+        """Labels by the number that `documents` has in its column `domain`."""
         self.tokens: int = entry["tokens"]
         self.words: int = entry["words"]
         self.bytes: int = entry["bytes"]
@@ -144,7 +149,7 @@ class TokenCorpus:
         entry = self.manifest["splits"].get(name)
         if entry is None or not entry["tokens"]:
             raise DataError(f"{self.folder}: the corpus has no {name} split")
-        return TokenSplit(self.folder, entry, self.manifest["dtype"])
+        return TokenSplit(self.folder, entry, self.manifest["dtype"], self.domains)
 
     def require_tokenizer(self, sha256: str, owner: str) -> None:
         """Raise `DataError` unless the shards were made with the tokenizer of that hash."""

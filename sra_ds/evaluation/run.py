@@ -1,6 +1,5 @@
 """Everything `tools/evaluate.py` says about a trained run."""
 
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,13 +7,13 @@ import torch
 
 from sra_ds.config.data import CorpusConfig, DocstringsConfig
 from sra_ds.data.loader import TrainingWindows
-from sra_ds.data.prepare import prepare, split_from_files
 from sra_ds.data.shards import TokenCorpus, TokenSplit
 from sra_ds.data.tokenizer import end_of_text_id
-from sra_ds.errors import ConfigError, DataError
+from sra_ds.errors import ConfigError
 from sra_ds.evaluation.experts import health, load_over_tokens
 from sra_ds.evaluation.legacy import legacy_sra
 from sra_ds.evaluation.perplexity import Perplexity, Setting, evaluate
+from sra_ds.evaluation.text import open_text
 from sra_ds.inference.load import LoadedRun
 
 
@@ -29,30 +28,12 @@ class Scoring(NamedTuple):
     legacy: bool = False
 
 
-def open_corpus(loaded: LoadedRun) -> TokenCorpus:
-    """The corpus a run was trained on; refuses another text or tokenizer."""
-    environment = loaded.run.environment()
-    if "corpus_folder" not in environment:
-        raise DataError(f"{loaded.run.path} was imported without its corpus; score a --text")
-    folder = Path(environment["corpus_folder"])
-    corpus = TokenCorpus(folder) if folder.is_dir() else prepare(loaded.recipe.data)
-    corpus.require_tokenizer(environment["tokenizer_sha256"], str(loaded.run.path))
-    corpus.require_fingerprint(environment["corpus_fingerprint"], str(loaded.run.path))
-    return corpus
-
-
 def score_run(loaded: LoadedRun, scoring: Scoring, device: torch.device) -> dict[str, Any]:
     """Perplexity of a split or of the user's text, expert health and, if asked for, the legacy figure."""
     head = {"run": str(loaded.run.path), "checkpoint": loaded.checkpoint.name}
-    if scoring.text is None:
-        corpus = open_corpus(loaded)
-        split = corpus.split(scoring.split)
-        body = _score(loaded, split, scoring, device, corpus)
-        return {**head, "split": scoring.split, **body}
-    vocab_size = loaded.recipe.data.tokenizer.vocab_size
-    with tempfile.TemporaryDirectory() as folder:
-        split = split_from_files(scoring.text, loaded.tokenizer, vocab_size, Path(folder))
-        return {**head, "text": str(scoring.text), **_score(loaded, split, scoring, device, None)}
+    named = {"split": scoring.split} if scoring.text is None else {"text": str(scoring.text)}
+    with open_text(loaded, scoring.split, scoring.text) as text:
+        return {**head, **named, **_score(loaded, text.split, scoring, device, text.corpus)}
 
 
 def _score(

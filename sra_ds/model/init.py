@@ -47,8 +47,8 @@ def initialise(model: nn.Module, seed: int) -> None:
             _normal(module.weight, STD, seed, name)
         elif isinstance(module, GroupedExperts):
             _experts(module, residual_std, seed, name)
-        elif isinstance(module, (CosineRouter, RandomRouter, LinearRouter)):
-            _router(module, seed, name)
+        else:
+            initialise_router(module, seed, name)
 
 
 def _normal(weight: Tensor, std: float, seed: int, *path: object) -> None:
@@ -66,7 +66,11 @@ def _experts(module: GroupedExperts, residual_std: float, seed: int, name: str) 
             bias.zero_()
 
 
-def _router(module: CosineRouter | RandomRouter | LinearRouter, seed: int, name: str) -> None:
+@torch.no_grad()
+def initialise_router(module: nn.Module, seed: int, name: str) -> None:
+    """Give a router its initial values; one without parameters has none."""
+    if not isinstance(module, (CosineRouter, RandomRouter, LinearRouter)):
+        return
     module.selection_bias_E.zero_()
     if isinstance(module, LinearRouter):
         _normal(module.weight, STD, seed, name)

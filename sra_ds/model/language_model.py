@@ -74,17 +74,8 @@ class LanguageModel(nn.Module):
         `valid_BT` False marks padding: invisible to other positions and to routing statistics. With a
         `state` the T ids continue the sequences decoded before.
         """
-        context = self._context(ids_BT, document_ids_BT, valid_BT, state, keep_scores)
-        x_BTD = self.embedding(ids_BT, context.positions_T)
-        routings: list[Routing] = []
-        facts: dict[str, Tensor] = {}
-        for number, block in enumerate(self.blocks):
-            cache = None if state is None else state.layers[number]
-            x_BTD, found = block(x_BTD, context, cache)
-            if "routing" in found:
-                routings.append(found.pop("routing"))
-            facts |= {f"layer{number}/{name}": value for name, value in found.items()}
-        h_ND = self.final_norm(x_BTD).flatten(0, 1)
+        h_BTD, routings, facts = self.encode(ids_BT, document_ids_BT, valid_BT, state, keep_scores)
+        h_ND = h_BTD.flatten(0, 1)
         if targets_BT is None:
             logits_NV = self.head(h_ND, self.embedding).logits_NV
             return ModelOutput(routings, facts, logits=logits_NV.view(*ids_BT.shape, -1))
@@ -97,6 +88,27 @@ class LanguageModel(nn.Module):
             token_nll_BT=found.nll_N.view_as(ids_BT),
             correct_BT=None if found.correct_N is None else found.correct_N.view_as(ids_BT),
         )
+
+    def encode(
+        self,
+        ids_BT: Tensor,
+        document_ids_BT: Tensor | None = None,
+        valid_BT: Tensor | None = None,
+        state: DecodingState | None = None,
+        keep_scores: bool = False,
+    ) -> tuple[Tensor, list[Routing], dict[str, Tensor]]:
+        """What the head is given, h_BTD, and the routings and facts of the blocks below it."""
+        context = self._context(ids_BT, document_ids_BT, valid_BT, state, keep_scores)
+        x_BTD = self.embedding(ids_BT, context.positions_T)
+        routings: list[Routing] = []
+        facts: dict[str, Tensor] = {}
+        for number, block in enumerate(self.blocks):
+            cache = None if state is None else state.layers[number]
+            x_BTD, found = block(x_BTD, context, cache)
+            if "routing" in found:
+                routings.append(found.pop("routing"))
+            facts |= {f"layer{number}/{name}": value for name, value in found.items()}
+        return self.final_norm(x_BTD), routings, facts
 
     def new_state(self) -> DecodingState:
         """An empty state for incremental decoding."""

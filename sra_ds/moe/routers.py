@@ -168,6 +168,14 @@ def build_router(config: AnyRouterConfig, width: int, experts: int, top_k: int) 
     return ROUTERS[type(config)](config, width, experts, top_k)
 
 
+def anchor_rows(router: nn.Module) -> Tensor | None:
+    """A router's row for each expert, E x D: its anchors, or the rows of a linear map, which stand for
+    them; None for a router without any."""
+    if isinstance(router, (CosineRouter, RandomRouter)):
+        return router.anchors
+    return router.weight if isinstance(router, LinearRouter) else None
+
+
 def route_by_anchors(
     router: CosineRouter | RandomRouter, x_TD: Tensor, selection: Selection, keep_scores: bool
 ) -> Routing:

@@ -1,9 +1,11 @@
-"""Anchors seeded from data: each layer's anchors become normalised router inputs of the first batch.
+"""Anchors over a run: seeded from data, given to dead experts anew, and how far they have moved.
 
-Done once, before the first step, from the same batch on every rank; a forward pass never does it, so
-loading a checkpoint elsewhere cannot seed again.
+Anchors are seeded once, before the first step, from the same batch on every rank: each layer's become
+normalised router inputs. A forward pass never does it, so loading a checkpoint elsewhere cannot seed
+again. An anchor is a router's row per expert, so the linear router's weight counts as anchors, too.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,24 +14,21 @@ from torch.nn.functional import normalize
 
 from sra_ds.data.loader import Batch
 from sra_ds.errors import ConfigError
+from sra_ds.metrics import anchor_drift
 from sra_ds.model.init import generator
 from sra_ds.model.language_model import LanguageModel
-from sra_ds.training.engine import write_parameter
+from sra_ds.moe.routers import CosineRouter, LinearRouter
+from sra_ds.storage.fragments import Fragment, TensorFiles, whole_tensor
+from sra_ds.training.engine import read_parameter, write_parameter
+from sra_ds.training.engine_state import START
 
 
 @torch.no_grad()
 def seed_anchors(model: LanguageModel, forward: nn.Module, batch: Batch, seed: int) -> None:
     """Replace the anchors of every cosine router, layer by layer, since a layer's input depends on the
     anchors before it. `forward` is the model or the engine around it. Collective."""
-    training = forward.training
-    forward.eval()
     for number, router in enumerate(model.routers()):
-        inputs: list[Tensor] = []
-        handle = router.register_forward_pre_hook(_keep(inputs))
-        forward(*batch)
-        handle.remove()
-        valid = slice(None) if batch.valid_BT is None else batch.valid_BT.flatten()
-        tokens_ND = inputs[0][valid]
+        (tokens_ND,) = router_inputs([router], forward, batch)
         if len(tokens_ND) < router.experts:
             raise ConfigError(
                 f"anchors=data needs at least experts={router.experts} tokens in the first batch, "
@@ -38,7 +37,22 @@ def seed_anchors(model: LanguageModel, forward: nn.Module, batch: Batch, seed: i
         chosen = torch.randperm(len(tokens_ND), generator=generator(seed, "anchors", number))
         seeds_ED = tokens_ND[chosen[: router.experts].to(tokens_ND.device)]
         write_parameter(router.anchors, normalize(seeds_ED.float(), dim=-1))
+
+
+@torch.no_grad()
+def router_inputs(routers: Sequence[nn.Module], forward: nn.Module, batch: Batch) -> list[Tensor]:
+    """What each router is given for the valid tokens of a batch, N x D, without dropout or noise.
+    Collective."""
+    training = forward.training
+    inputs: list[Tensor] = []
+    handles = [router.register_forward_pre_hook(_keep(inputs)) for router in routers]
+    forward.eval()
+    forward(*batch)
     forward.train(training)
+    for handle in handles:
+        handle.remove()
+    valid = slice(None) if batch.valid_BT is None else batch.valid_BT.flatten()
+    return [x_TD[valid] for x_TD in inputs]
 
 
 def _keep(inputs: list[Tensor]) -> Any:
@@ -47,3 +61,47 @@ def _keep(inputs: list[Tensor]) -> Any:
         inputs.append(arguments[0])
 
     return hook
+
+
+def learned_anchors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The anchors that training moves, by the parameter's name, in order of the layers; none for routers
+    that are frozen or have none."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, CosineRouter):
+            found[f"{name}.anchors"] = module.anchors
+        elif isinstance(module, LinearRouter):
+            found[f"{name}.weight"] = module.weight
+    return found
+
+
+class AnchorDrift:
+    """How far each layer's anchors are from where they were when the run began, which is where they are
+    when this is made. Making and asking are collective."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._anchors = learned_anchors(model)
+        self._start: dict[str, Tensor] | None = self._now()
+
+    def by_layer(self) -> list[float] | None:
+        """`metrics.anchor_drift` of each layer; None without learned anchors, or if it is not known where
+        they began."""
+        if not (self._anchors and self._start):
+            return None
+        start = self._start
+        return [anchor_drift(now_ED, start[name]) for name, now_ED in self._now().items()]
+
+    def fragments(self) -> dict[str, Fragment]:
+        """Where the anchors began, for a checkpoint."""
+        start = self._start or {}
+        return {f"{name}/{START}": whole_tensor(anchors_ED) for name, anchors_ED in start.items()}
+
+    def load(self, files: TensorFiles) -> None:
+        """Go on from what `fragments` gave; from files of a run that kept no such thing nothing is
+        known."""
+        paths = {name: f"{name}/{START}" for name in self._anchors}
+        known = set(paths.values()) <= set(files.names)
+        self._start = {n: files.read(path) for n, path in paths.items()} if known else None
+
+    def _now(self) -> dict[str, Tensor]:
+        return {name: read_parameter(anchors).cpu() for name, anchors in self._anchors.items()}

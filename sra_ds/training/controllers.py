@@ -5,7 +5,7 @@ number alone or moves on its own after a step, and keeps what it must remember i
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -16,14 +16,33 @@ from sra_ds.model.language_model import LanguageModel
 from sra_ds.moe.routing import Routing
 
 
+class Intervention(NamedTuple):
+    """Something a controller changed because of what it saw, and not by schedule. One list entry per
+    expert."""
+
+    kind: str
+    layer: int
+    experts: list[int]
+    load: list[float]
+    """Over the mean load, in the window that called for it."""
+    before: list[float]
+    """`raise_floor`: selection bias; `reseed_dead_anchors`: mean cosine of the anchor with the tokens."""
+    after: list[float]
+
+    def line(self) -> str:
+        """For the person watching."""
+        numbers = ", ".join(map(str, self.experts[:8])) + ", ..." * (len(self.experts) > 8)
+        return f"remedy {self.kind} in layer {self.layer}: {len(self.experts)} experts ({numbers})"
+
+
 class Controller(Protocol):
     """Owner of one schedule."""
 
     def on_step_start(self, step: int) -> None:
         """Set what step `step` (from 0) uses."""
 
-    def on_step_end(self, step: int, routings: Sequence[Routing]) -> None:
-        """Learn from the finished step; `routings` are over all ranks."""
+    def on_step_end(self, step: int, routings: Sequence[Routing]) -> Sequence[Intervention]:
+        """Learn from the finished step; `routings` are over all ranks. What is to be told of it."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as plain JSON values."""
@@ -60,8 +79,9 @@ class TopKSchedule:
         reached = [int(k) for at, k in self.knots if at * self.steps <= step]
         set_top_k(self.routers, reached[-1])
 
-    def on_step_end(self, step: int, routings: Sequence[Routing]) -> None:
+    def on_step_end(self, step: int, routings: Sequence[Routing]) -> Sequence[Intervention]:
         del step, routings
+        return ()
 
     def state_dict(self) -> dict[str, Any]:
         return {"top_k": self.routers[0].top_k}
@@ -82,8 +102,9 @@ class TemperatureSchedule:
         for router in self.routers:
             router.temperature.fill_(interpolate(self.knots, step / self.steps))
 
-    def on_step_end(self, step: int, routings: Sequence[Routing]) -> None:
+    def on_step_end(self, step: int, routings: Sequence[Routing]) -> Sequence[Intervention]:
         del step, routings
+        return ()
 
     def state_dict(self) -> dict[str, Any]:
         return {}  # the temperature is a buffer of the model
@@ -101,11 +122,12 @@ class SelectionBias:
     def on_step_start(self, step: int) -> None:
         del step
 
-    def on_step_end(self, step: int, routings: Sequence[Routing]) -> None:
+    def on_step_end(self, step: int, routings: Sequence[Routing]) -> Sequence[Intervention]:
         del step
         for router, routing in zip(self.routers, routings, strict=True):
             error_E = routing.load_E.mean() - routing.load_E
             router.selection_bias_E.add_(self.rate * torch.sign(error_E))
+        return ()
 
     def state_dict(self) -> dict[str, Any]:
         return {}  # the bias is a buffer of the model

@@ -10,9 +10,14 @@ from deepspeed.moe.utils import (
     split_params_into_shared_and_expert_params,
 )
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from deepspeed.utils import safe_set_full_fp32_param
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_set_full_fp32_param,
+    safe_set_local_fp32_param,
+)
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from sra_ds.config import Recipe
 from sra_ds.config.training import AdamWConfig
@@ -91,7 +96,21 @@ def write_parameter(parameter: nn.Parameter, value: Tensor) -> None:
     undone by its float32 master copy at the next step. Collective; every process gives the same value."""
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
         parameter.copy_(value)
-    safe_set_full_fp32_param(parameter, value)
+    if not hasattr(parameter, "ds_id"):
+        safe_set_full_fp32_param(parameter, value)
+        return
+    share = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+    stop = share * (parameter.ds_zero_partition_rank + 1)  # type: ignore[attr-defined]
+    padded = pad(value.flatten(), (0, stop - value.numel()))  # the last shares may be padding
+    safe_set_local_fp32_param(parameter, padded[-share:])
+
+
+@torch.no_grad()
+def read_parameter(parameter: nn.Parameter) -> Tensor:
+    """A copy of a whole weight in float32, at any stage: its master where there is one. Collective."""
+    master = safe_get_full_fp32_param(parameter)
+    value = parameter if master is None else master
+    return value.detach().float().clone()
 
 
 def plain_gradient_norm(engine: Any) -> float | None:

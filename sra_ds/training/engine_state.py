@@ -8,7 +8,7 @@ Weights are the float32 master copies where there are any, so that nothing is lo
 read here are those of DeepSpeed 0.19.8; `tests/training/test_engine_state.py` fails if they change.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,10 @@ from torch import Tensor, nn
 
 from sra_ds.storage.fragments import Fragment, Range, TensorFiles, whole_tensor
 from sra_ds.storage.held import held_ranges
+
+START = "start"
+"""`<parameter>/start` among the optimizer's state is where a parameter was when the run began: not the
+optimizer's, but kept beside it for who measures how far it moved."""
 
 
 class EngineState(NamedTuple):
@@ -38,6 +42,10 @@ class Piece(NamedTuple):
         """The same elements of a tensor like `flat`."""
         return tensor.detach().reshape(-1)[self.offset : self.offset + self.size]
 
+    def resembles(self, state: Tensor) -> bool:
+        """Whether the optimizer keeps an element of this state for each of `flat`."""
+        return state.dim() > 0 and state.numel() == self.flat.numel()
+
 
 def engine_state(engine: Any) -> EngineState:
     """Everything a checkpoint needs from this process; each element is given by one process only."""
@@ -55,9 +63,10 @@ def engine_state(engine: Any) -> EngineState:
             weights[name] = Fragment(part, piece.of(piece.flat))
             for key, value in _torch_optimizer(engine).state.get(piece.flat, {}).items():
                 if value is not None:
-                    like = value.numel() == piece.flat.numel() and value.dim() > 0
                     optimizer[f"{name}/{key}"] = (
-                        Fragment(part, piece.of(value)) if like else whole_tensor(value.clone())
+                        Fragment(part, piece.of(value))
+                        if piece.resembles(value)
+                        else whole_tensor(value.clone())
                     )
     return EngineState(weights, optimizer)
 
@@ -69,7 +78,8 @@ def restore_engine(engine: Any, weights: TensorFiles, optimizer: TensorFiles) ->
     keys: dict[str, list[str]] = {}
     for path in optimizer.names:
         name, key = path.rsplit("/", 1)
-        keys.setdefault(name, []).append(key)
+        if key != START:
+            keys.setdefault(name, []).append(key)
     ranges = held_ranges(engine.module)
     for name, parameter in engine.module.named_parameters():
         for piece in _pieces(engine, parameter):
@@ -84,6 +94,19 @@ def restore_engine(engine: Any, weights: TensorFiles, optimizer: TensorFiles) ->
                 if key not in state:
                     state[key] = torch.zeros_like(piece.flat)
                 optimizer.read_into(path, start, piece.of(state[key]))
+
+
+def forget_rows(engine: Any, parameter: nn.Parameter, rows: Sequence[int]) -> None:
+    """Zero what the optimizer remembers of some rows of a matrix, at any stage: moments of values that
+    are no longer there. Each process clears the part it holds."""
+    width = tuple(getattr(parameter, "ds_shape", parameter.shape))[-1]
+    for piece in _pieces(engine, parameter):
+        for state in _torch_optimizer(engine).state.get(piece.flat, {}).values():
+            if state is not None and piece.resembles(state):
+                held = piece.of(state)
+                for row in rows:
+                    first = row * width - piece.start
+                    held[max(0, first) : max(0, first + width)].zero_()
 
 
 def _pieces(engine: Any, parameter: nn.Parameter) -> Iterator[Piece]:

@@ -25,7 +25,8 @@ SINGLE_PROCESS = {
     "MASTER_ADDR": "127.0.0.1",
 }
 LOCK_GRACE_SECONDS = 30
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+LARGE_BLOCK = 4 * 2**20
 
 
 def prepare_process() -> None:
@@ -53,11 +54,13 @@ def prepare_process() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed blocks: a step frees and takes the same large buffers again and again, and
-    fresh pages cost more than the arithmetic on them (grouped products: 0.42 to 0.52 of peak)."""
+    """Let glibc keep freed blocks for the next step, but for the largest: up to 2.37 it cannot give a
+    freed aligned block to a request of the same size, and a heap of those grows until memory is full
+    (`sra-small`: 80 MB a step). They get mappings of their own, in huge pages, quick to fault in."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 

@@ -1,4 +1,9 @@
-"""Watching a run: load over the last million tokens, and where a non-finite number came from."""
+"""Watching a run: what is known of each layer's experts, and where a non-finite number came from.
+
+this step           load, probabilities, temperature, largest gate
+the last million    load over as many tokens: what an expert's death is told by
+since the start     drift of the anchors
+"""
 
 from collections import deque
 from collections.abc import Sequence
@@ -7,12 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sra_ds.config.model import HashRouterConfig, MoEChannelConfig
+from sra_ds.config.training import WINDOW_TOKENS
 from sra_ds.data.loader import Batch
-from sra_ds.metrics import DEAD_SHARE, layers_summary
-from sra_ds.model.language_model import ModelOutput
+from sra_ds.metrics import DEAD_SHARE, layers_summary, load_histogram, load_summary
+from sra_ds.model.language_model import LanguageModel, ModelOutput
 from sra_ds.moe.routing import Routing
+from sra_ds.training.alarms import Alarm, Key, judge, rules
+from sra_ds.training.anchors import AnchorDrift
+from sra_ds.training.controllers import current_top_k
+from sra_ds.training.processes import mean_over_ranks
 
-WINDOW_TOKENS = 1_000_000
 BUCKETS = 32
 NOT_FORWARD = "the gradient (the forward pass is finite)"
 
@@ -71,6 +81,98 @@ class RecentLoad:
             return None
         found = layers_summary(self.load_LE, self.tokens)
         return {"window_tokens": self.tokens, "dead": found["dead_by_routes"], **found}
+
+
+class Health:
+    """What a run knows of its experts, over all ranks, and the alarms that are active."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model, self.channel = model, model.config.channel
+        self.recent = RecentLoad()
+        self.drift = AnchorDrift(model)
+        self.active: dict[Key, None] = {}  # in the order in which they began
+
+    def facts(self, routings: Sequence[Routing]) -> dict[str, Any]:
+        """For a line of metrics after a step; `docs/health.md` lists the figures. Collective."""
+        recent = self.recent.summary()
+        if recent is None:
+            return {}
+        return {
+            "top_k": current_top_k(self.model),
+            "dead_fraction": recent["dead_fraction"],
+            "layers": self._layers(routings),
+        }
+
+    def _layers(self, routings: Sequence[Routing]) -> list[dict[str, Any]]:
+        dead = [len(experts) for experts in self.recent.dead_experts()]
+        gates, drifts = self._top_gates(routings), self.drift.by_layer()
+        layers = []
+        for number, routing in enumerate(routings):
+            tokens = float(routing.load_E.sum()) / routing.expert_ids_TK.shape[1]
+            layer: dict[str, Any] = load_summary(routing.load_E, tokens)
+            layer["load_histogram"] = load_histogram(routing.load_E)
+            layer["dead_fraction"] = dead[number] / len(routing.load_E)
+            layer["probs_max"] = float(routing.mean_probs_E.max())
+            layer["probs_min"] = float(routing.mean_probs_E.min())
+            if routing.temperature is not None:
+                layer["temperature"] = float(routing.temperature)
+            if gates is not None:
+                layer["top_gate"] = gates[number]
+            if drifts is not None:
+                layer["anchor_drift"] = drifts[number]
+            layers.append(layer)
+        return layers
+
+    def _top_gates(self, routings: Sequence[Routing]) -> list[float] | None:
+        """Mean over tokens of each layer's largest gate, near 1 where the softmax is one-hot; None where
+        a gate does not tell: by a hash, and of one expert with any gate but `all`. Collective."""
+        channel, top_k = self.channel, routings[0].expert_ids_TK.shape[1]
+        if not isinstance(channel, MoEChannelConfig) or channel.experts == 1:
+            return None
+        router = channel.router
+        if isinstance(router, HashRouterConfig) or (top_k == 1 and router.gate != "all"):
+            return None
+        own_L = torch.stack([r.gates_TK.detach().amax(-1).mean() for r in routings])
+        gates: list[float] = mean_over_ranks(own_L).tolist()
+        return gates
+
+    def alarms(self, layers: Sequence[dict[str, Any]]) -> list[Alarm]:
+        """What began and what ended, by the figures of `facts`; from then on active, or not."""
+        top_k = current_top_k(self.model)
+        if top_k is None or not isinstance(self.channel, MoEChannelConfig):
+            return []
+        found = judge(layers, rules(self.channel, top_k, self.recent.tokens), self.active)
+        for alarm in found:
+            if alarm.state == "begins":
+                self.active[alarm.key] = None
+            else:
+                del self.active[alarm.key]
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """As plain JSON values; where the anchors began is in the checkpoint's tensors."""
+        return {"recent_load": self.recent.state_dict(), "alarms": list(self.active)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave; of a run without alarms none are known."""
+        self.recent.load_state_dict(state["recent_load"])
+        self.active = {
+            (kind, figure, int(at)): None for kind, figure, at in state.get("alarms", [])
+        }
+
+    def shown(self) -> dict[str, str]:
+        """For the progress bar: over the window dead experts, the worst max violation and the fewest
+        effective experts of a layer; the first active alarm and how many more there are."""
+        recent = self.recent.summary()
+        if recent is None:
+            return {}
+        fewest = min(layer["effective_experts"] for layer in recent["per_layer"])
+        violation = f"{recent['max_violation']:.1f}"
+        shown = {"dead": str(recent["dead"]), "viol": violation, "eff": f"{fewest:.2f}"}
+        for kind, _, layer in list(self.active)[:1]:
+            more = f"+{len(self.active) - 1}" if len(self.active) > 1 else ""
+            shown["ALARM"] = f"{kind}@{layer}{more}"
+        return shown
 
 
 def first_non_finite(engine: Any, batch: Batch) -> str:

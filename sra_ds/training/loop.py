@@ -1,7 +1,7 @@
 """The training loop: steps, evaluations, checkpoints, and every way a run can end.
 
     for each step: controllers -> micro-batches (forward, losses, backward) -> optimizer -> facts
-                   -> log -> evaluate and save when due -> stop when asked
+                   -> controllers -> log and alarms -> evaluate and save when due -> stop when asked
 
 Dropout is seeded from (seed, step, micro-batch, rank), so a resumed step repeats the interrupted run's
 exactly without any stored generator state.
@@ -15,25 +15,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sra_ds.config import Recipe
 from sra_ds.data.loader import Batch, TrainingWindows
 from sra_ds.errors import TrainingError
-from sra_ds.metrics import load_summary
 from sra_ds.model.counting import flops_per_token
 from sra_ds.moe.routing import Routing
 from sra_ds.storage import checkpoint
-from sra_ds.storage.run_dir import RunDir
-from sra_ds.training.controllers import Controller, current_top_k, learning_rate
+from sra_ds.storage.run_dir import RunDir, read_json
+from sra_ds.training.alarms import Alarm
+from sra_ds.training.controllers import Controller, Intervention, current_top_k, learning_rate
 from sra_ds.training.ds_config import BatchPlan
 from sra_ds.training.engine import plain_gradient_norm, set_learning_rate
 from sra_ds.training.engine_state import engine_state
-from sra_ds.training.health import NOT_FORWARD, RecentLoad, first_non_finite
+from sra_ds.training.health import NOT_FORWARD, Health, first_non_finite
 from sra_ds.training.logging import RunLog
-from sra_ds.training.processes import from_all, several
+from sra_ds.training.processes import from_all, mean_over_ranks
 from sra_ds.training.step import step_loss
 from sra_ds.training.stop import StopRequest
 
@@ -83,7 +82,7 @@ class Trainer:
         self.controllers, self.validate = controllers, validate
         self.rank = engine.global_rank
         self.device = engine.device
-        self.recent = RecentLoad()
+        self.health = Health(engine.module)
         self.best: dict[str, Any] | None = None
         self.step = 0
         self.seconds = 0.0
@@ -92,13 +91,16 @@ class Trainer:
         self._flops = flops_per_token(engine.module, length) / peak_flops / batches.world_size
         self._tokens_per_step = batches.batch_size * length
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint's trainer state."""
+    def restore(self, folder: Path) -> None:
+        """Continue from a checkpoint's trainer state; a controller that it does not know begins anew."""
+        state = read_json(folder / checkpoint.TRAINER)
         self.step = self._saved_step = state["step"]
         self.seconds, self.best = state["seconds"], state["best"]
-        self.recent.load_state_dict(state["recent_load"])
+        self.health.load_state_dict(state)
+        self.health.drift.load(checkpoint.open_tensors(folder, checkpoint.OPTIMIZER))
         for name, controller in self.controllers.items():
-            controller.load_state_dict(state["controllers"][name])
+            if name in state["controllers"]:
+                controller.load_state_dict(state["controllers"][name])
 
     def run(self) -> Outcome:
         """Train to the last step, then evaluate the whole split and save; or save and return early."""
@@ -116,7 +118,7 @@ class Trainer:
                 stopped_by = None if finished else (stop.signal or "another process's signal")
         finally:
             log.close()
-        experts = self.recent.summary()
+        experts = self.health.recent.summary()
         return Outcome(self.step, stopped_by, self.seconds, validation, self.best, experts)
 
     def _one_step(self, log: RunLog) -> None:
@@ -129,12 +131,25 @@ class Trainer:
         for controller in self.controllers.values():
             controller.on_step_start(self.step)
         facts = self._optimize()
-        for controller in self.controllers.values():
-            controller.on_step_end(self.step, facts.routings)
+        interventions = [
+            intervention
+            for controller in self.controllers.values()
+            for intervention in controller.on_step_end(self.step, facts.routings)
+        ]
         self.step += 1
         elapsed = time.perf_counter() - start
         self.seconds += elapsed
-        speed = self._tokens_per_step / elapsed
+        self._tell(log, facts, rate, self._tokens_per_step / elapsed, interventions)
+
+    def _tell(
+        self,
+        log: RunLog,
+        facts: StepFacts,
+        rate: float,
+        speed: float,
+        interventions: list[Intervention],
+    ) -> None:
+        """The finished step: its line when due, with alarms; every intervention; the progress bar."""
         line = {
             "step": self.step,
             "tokens": self.step * self._tokens_per_step,
@@ -153,12 +168,19 @@ class Trainer:
             "tok/s": f"{speed:,.0f}",
             "mfu": f"{line['mfu']:.0%}",
         }
-        experts = self.recent.summary() if facts.routings else None
-        if experts is not None:
-            shown["dead"] = str(experts["dead"])
-        if self.step % self.recipe.logging.every == 0 or self.step == training.steps:
-            log.record({**line, **self._routing_facts(facts.routings)})
-        log.advance(shown)
+        for intervention in interventions:
+            self._tell_event(log, "remedy", intervention)
+        last = self.step == self.recipe.training.steps
+        if self.step % self.recipe.logging.every == 0 or last:
+            experts = self.health.facts(facts.routings)
+            log.record({**line, **experts})
+            for alarm in self.health.alarms(experts.get("layers", [])):
+                self._tell_event(log, "alarm", alarm)
+        log.advance({**shown, **self.health.shown()})
+
+    def _tell_event(self, log: RunLog, kind: str, event: Intervention | Alarm) -> None:
+        log.record({"step": self.step, kind: event._asdict()})
+        log.say(f"step {self.step}: {event.line()}")
 
     def _optimize(self) -> StepFacts:
         """Forward and backward of every micro-batch and one optimizer step."""
@@ -180,7 +202,7 @@ class Trainer:
             self.engine.backward(loss)
             norm = plain_gradient_norm(self.engine)
             self.engine.step()
-            self.recent.add(routings, batch.ids_BT.numel() * self.batches.world_size)
+            self.health.recent.add(routings, batch.ids_BT.numel() * self.batches.world_size)
             step_routings = _add_loads(step_routings, routings)
         assert output is not None
         norm = float(self.engine.get_global_grad_norm() or 0.0) if norm is None else norm
@@ -211,25 +233,6 @@ class Trainer:
             "kept: lower training.optimizer.learning_rate or raise training.schedule.warmup_steps, then "
             f"--resume --run {self.run_dir.path}"
         )
-
-    def _routing_facts(self, routings: list[Routing]) -> dict[str, Any]:
-        if not routings:
-            return {}
-        layers = []
-        for routing in routings:
-            tokens = float(routing.load_E.sum()) / routing.expert_ids_TK.shape[1]
-            layer: dict[str, Any] = load_summary(routing.load_E, tokens)
-            layer["probs_max"] = float(routing.mean_probs_E.max())
-            layer["probs_min"] = float(routing.mean_probs_E.min())
-            if routing.temperature is not None:
-                layer["temperature"] = float(routing.temperature)
-            layers.append(layer)
-        recent = self.recent.summary() or {}
-        return {
-            "top_k": current_top_k(self.engine.module),
-            "dead_fraction": recent.get("dead_fraction"),
-            "layers": layers,
-        }
 
     def _when_due(self, log: RunLog, stop: StopRequest) -> None:
         last = self.step >= self.recipe.training.steps
@@ -264,9 +267,10 @@ class Trainer:
         return summary
 
     def _snapshot_routing(self) -> None:
-        if self.rank == 0 and self.recent.load_LE is not None:
+        load_LE = self.health.recent.load_LE
+        if self.rank == 0 and load_LE is not None:
             path = self.run_dir.routing / f"{self.step}.safetensors"
-            save_file({"load_LE": self.recent.load_LE.contiguous()}, path)
+            save_file({"load_LE": load_LE.contiguous()}, path)
 
     def _save(self, log: RunLog) -> None:
         if self.step == self._saved_step:
@@ -282,10 +286,12 @@ class Trainer:
 
     def _write(self, folder: Path, resumable: bool) -> None:
         weights, optimizer = engine_state(self.engine)
+        if self.rank == 0:
+            optimizer |= self.health.drift.fragments()
         tensors = {checkpoint.WEIGHTS: weights, checkpoint.OPTIMIZER: optimizer}
         if not resumable:
             del tensors[checkpoint.OPTIMIZER]
-        dead = self.recent.dead_experts()
+        dead = self.health.recent.dead_experts()
         facts = {"step": self.step, "tokens": self.step * self._tokens_per_step, "dead": dead}
         layers = self.engine.module.routed_layers()
         held = layers[0].backend.experts.expert_ids if layers else None
@@ -298,7 +304,7 @@ class Trainer:
             "tokens": self.step * self._tokens_per_step,
             "seconds": self.seconds,
             "best": self.best,
-            "recent_load": self.recent.state_dict(),
+            **self.health.state_dict(),
             "top_k": current_top_k(self.engine.module),
             "controllers": {name: c.state_dict() for name, c in self.controllers.items()},
         }
@@ -310,10 +316,7 @@ def _seed(*parts: int) -> int:
 
 
 def _mean_over_ranks(sums: dict[str, Tensor]) -> dict[str, float]:
-    values = torch.stack([value.reshape(()) for value in sums.values()])
-    if several():
-        dist.all_reduce(values)
-        values /= dist.get_world_size()
+    values = mean_over_ranks(torch.stack([value.reshape(()) for value in sums.values()]))
     return dict(zip(sums, values.tolist(), strict=True))
 
 

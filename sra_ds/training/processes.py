@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import deepspeed
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from sra_ds.moe.routing import Routing
 from sra_ds.training.rendezvous import start_together
@@ -44,6 +45,15 @@ def from_all(text: str) -> list[str]:
     texts = [""] * dist.get_world_size()
     dist.all_gather_object(texts, text)
     return texts
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """The mean of each value over all processes. Collective."""
+    if not several():
+        return values
+    summed = values.clone()
+    dist.all_reduce(summed)
+    return summed / dist.get_world_size()
 
 
 def over_ranks(routings: Sequence[Routing]) -> list[Routing]:

@@ -17,6 +17,7 @@ MAY_CHANGE = (
     "training.gradient_clipping",
     "training.optimizer.",
     "training.schedule.",
+    "training.remedies.",
     "training.activation_checkpointing",
     "training.compile",
     "evaluation.",

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from sra_ds.analysis.plots import draw_run
-from sra_ds.evaluation.run import Scoring, open_corpus, score_legacy
+from sra_ds.evaluation.run import Scoring, score_legacy
+from sra_ds.evaluation.text import open_corpus
 from sra_ds.inference.generate import generate
 from sra_ds.inference.load import LoadedRun, load_run
 from sra_ds.model.counting import count_parameters

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from sra_ds.config import Recipe
 from sra_ds.config.model import CosineRouterConfig, MoEChannelConfig
-from sra_ds.data.loader import TrainingWindows
+from sra_ds.data.loader import Batch, TrainingWindows
 from sra_ds.data.prepare import prepare
 from sra_ds.data.shards import TokenCorpus
 from sra_ds.data.tokenizer import file_sha256
@@ -33,12 +33,13 @@ from sra_ds.training.engine import build_engine
 from sra_ds.training.engine_state import restore_engine
 from sra_ds.training.loop import Trainer, Validate
 from sra_ds.training.processes import from_first, start_processes
+from sra_ds.training.remedies import build_remedies
 from sra_ds.training.resume import Resumed, choose_checkpoint
 from sra_ds.workflow.report import report
 from sra_ds.workflow.resolve import Resolved
 
 SEED_TOKENS = 16_384
-"""Tokens of the first batch that anchors are taken from, whatever the layout."""
+"""Tokens of a batch that anchors are taken from, whatever the layout."""
 
 
 def train(
@@ -95,13 +96,16 @@ def _train(
         engine = _resumed_engine(model, resolved, resumed.folder)
     else:
         engine = _new_engine(model, resolved, corpus, windows, init_from)
+    controllers |= build_remedies(
+        recipe, engine, lambda step: _common_batch(resolved, windows, step)
+    )
     peak, _ = environment.peak_flops(resolved.device, resolved.dtype)
     trainer = Trainer(
         recipe, run, engine, windows, batches, layout, controllers,
         _validator(recipe, corpus, run, resolved.device), peak,
     )  # fmt: skip
     if resumed is not None:
-        trainer.restore(read_json(resumed.folder / checkpoint.TRAINER))
+        trainer.restore(resumed.folder)
     if first:
         _say(f"routing kernels: {resolved.reasons['kernels']}")
         _write_start(run, resolved, corpus, resumed)
@@ -180,10 +184,17 @@ def _new_engine(
     router = channel.router if isinstance(channel, MoEChannelConfig) else None
     seeded = isinstance(router, CosineRouterConfig) and router.anchors == "data"
     if seeded and init_from is None:
-        enough = max(1, SEED_TOKENS // recipe.data.sequence_length)
-        batch = windows.batch(0, recipe.training.batch_size, slice(0, enough))
-        seed_anchors(engine.module, engine, batch.to(resolved.device), recipe.training.seed)
+        batch = _common_batch(resolved, windows, 0)
+        seed_anchors(engine.module, engine, batch, recipe.training.seed)
     return engine
+
+
+def _common_batch(resolved: Resolved, windows: TrainingWindows, step: int) -> Batch:
+    """The first windows of a step's batch, the same on every rank: what anchors are taken from."""
+    recipe = resolved.recipe
+    enough = max(1, SEED_TOKENS // recipe.data.sequence_length)
+    batch = windows.batch(step, recipe.training.batch_size, slice(0, enough))
+    return batch.to(resolved.device)
 
 
 def _validator(recipe: Recipe, corpus: TokenCorpus, run: RunDir, device: torch.device) -> Validate:

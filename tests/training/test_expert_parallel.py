@@ -31,7 +31,12 @@ from sra_ds.model import init
 from sra_ds.model.init import generator
 from sra_ds.model.language_model import LanguageModel, build_model
 from sra_ds.moe.placement import Placement
-from sra_ds.training.engine import build_optimizer, set_learning_rate, write_parameter
+from sra_ds.training.engine import (
+    build_optimizer,
+    read_parameter,
+    set_learning_rate,
+    write_parameter,
+)
 
 STEPS = 20
 TOLERANCE = 1e-5
@@ -266,6 +271,20 @@ def test_a_written_weight_survives_a_step_of_four_processes(
     four: list[Found], layout: tuple[int, int, str]
 ) -> None:
     assert [found[layout] for found in four] == [[], [], [], []]
+
+
+def padded_write() -> bool:
+    """Whether 256 elements arrive that ZeRO-3 cuts into three shares of 86."""
+    recipe = recipe_of(1, training(batch_size=9))
+    engine = open_engine(recipe, config_of(3))
+    parameter = engine.module.get_parameter(WRITTEN[1])
+    value = torch.rand(parameter.ds_shape, generator=generator(0, "written"))
+    write_parameter(parameter, value)
+    return torch.equal(read_parameter(parameter), value)
+
+
+def test_a_weight_is_written_whose_last_share_is_padded() -> None:
+    assert run_ranks(3, padded_write) == [True] * 3
 
 
 class Allocations(TorchDispatchMode):

@@ -1,0 +1,202 @@
+"""Everything that is said about the experts of one checkpoint, from one trace of held-out text.
+
+    trace -> words, grammar -> measures of each layer, profiles of each expert
+    checkpoints -> saturation     anchors -> geometry, maps     other k, fewer experts -> sweeps
+
+The result is plain values for `analysis.json` and the arrays the figures need.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sra_ds.analysis import anchors as anchor_space
+from sra_ds.analysis.anchors import AnchorSpace
+from sra_ds.analysis.layers import adjust_over_layers, label_tokens, measure_layer
+from sra_ds.analysis.npmi import TOP_WORDS, WINDOW
+from sra_ds.analysis.profiles import (
+    Profile,
+    layer_tables,
+    least_routes,
+    measure_coherence,
+    profile_layer,
+    share_above_null,
+)
+from sra_ds.analysis.saturation import saturation
+from sra_ds.analysis.statistics import Measured
+from sra_ds.analysis.syntax import tag_words, tagger_name
+from sra_ds.analysis.traces import Pass, Trace, record
+from sra_ds.analysis.words import read_words
+from sra_ds.data.tokenizer import end_of_text_id
+from sra_ds.evaluation.experts import health
+from sra_ds.evaluation.sweeps import drop_curve, k_sweep
+from sra_ds.evaluation.text import open_text
+from sra_ds.inference.load import LoadedRun
+from sra_ds.storage.checkpoint import MANIFEST, numbered, read_manifest
+
+SCHEMA_VERSION = 1
+MAP_TOKENS = 400
+"""Commonest tokens on the map of anchors and vocabulary."""
+
+
+class Request(NamedTuple):
+    """What to analyse: a split of the run's corpus, or files of the user's own."""
+
+    split: str = "valid"
+    files: Path | None = None
+    tokens: int = 1_000_000
+    batch_size: int = 16
+    sweep_tokens: int = 16_384
+    """For the perplexity at other k and with fewer experts; 0: leave these out."""
+
+
+class AnchorMap(NamedTuple):
+    """Anchors and the commonest tokens of one layer in two dimensions."""
+
+    anchors_E2: NDArray[np.float64]
+    tokens_S2: NDArray[np.float64]
+    names_S: list[str]
+    variance: float
+
+
+class Analysis(NamedTuple):
+    """Of one checkpoint; `facts` is `analysis.json` less measures and experts."""
+
+    facts: dict[str, Any]
+    measures: list[dict[str, Measured]]
+    geometry: list[dict[str, Measured]]
+    profiles: list[list[Profile]]
+    load_LE: NDArray[np.int64]
+    pairs_LEE: NDArray[np.int64]
+    grams: list[NDArray[np.float32]]
+    maps: list[AnchorMap]
+    spaces: list[AnchorSpace]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `analysis.json`."""
+        layers = [
+            {
+                "layer": layer,
+                "load": self.facts["health"]["per_layer"][layer],
+                "measures": {name: one.as_dict() for name, one in found.items()},
+                "anchors": {
+                    name: one.as_dict()
+                    for name, one in (self.geometry[layer] if self.geometry else {}).items()
+                },
+            }
+            for layer, found in enumerate(self.measures)
+        ]
+        experts = [profile.as_dict() for layer in self.profiles for profile in layer]
+        return {**self.facts, "layers": layers, "experts": experts}
+
+
+def analyse(loaded: LoadedRun, request: Request, device: torch.device) -> Analysis:
+    """Trace the text unless that was done before, and measure everything that applies. Raises
+    `DataError` for a dense model."""
+    how = Pass(
+        loaded.recipe.data.sequence_length,
+        request.batch_size,
+        end_of_text_id(loaded.tokenizer),
+        request.tokens,
+        device,
+    )
+    with open_text(loaded, request.split, request.files, request.tokens) as text:
+        trace = trace_run(loaded, text.split, text.identity, how)
+        settled = saturation(loaded.model, _checkpoints(loaded, trace), text.split, how)
+        sweeps = {}
+        if request.sweep_tokens:
+            sweeps = {
+                "k": k_sweep(loaded, text.split, request.sweep_tokens, device),
+                "dropped": drop_curve(
+                    loaded, text.split, trace.load_LE, request.sweep_tokens, device
+                ),
+            }
+        label = text.label
+    facts = {
+        "schema_version": SCHEMA_VERSION,
+        "run": loaded.run.path.name,
+        "recipe": loaded.recipe.name,
+        "router": loaded.recipe.model.channel.router.kind,  # type: ignore[union-attr]
+        "step": loaded.trainer["step"],
+        "text": label,
+        "tokens": trace.tokens,
+        "top_k": trace.top_k,
+        "domains": trace.domains,
+        "methods": {
+            "tagger": tagger_name(),
+            "window": WINDOW,
+            "top_words": TOP_WORDS,
+            "least_routes": least_routes(trace),
+        },
+        "health": health(trace.load_LE.astype(np.float64), trace.tokens),
+        "saturation": {str(step): shares for step, shares in settled.items()},
+        "sweeps": sweeps,
+    }
+    return _measure(loaded, trace, facts)
+
+
+def trace_run(loaded: LoadedRun, split: Any, identity: dict[str, Any], how: Pass) -> Trace:
+    """The trace of this checkpoint, text and length, kept under `routing/` of the run."""
+    files = read_manifest(loaded.checkpoint)["files"]
+    weights = sorted(e["sha256"] for name, e in files.items() if name.startswith("model"))
+    top_k = loaded.model.routers()[0].top_k if loaded.model.routers() else 0
+    whole = {"weights": weights, "text": identity, "tokens": how.max_tokens, "top_k": top_k}
+    name = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:12]
+    return record(loaded.model, split, how, loaded.run.routing / f"trace-{name}", whole)
+
+
+def _measure(loaded: LoadedRun, trace: Trace, facts: dict[str, Any]) -> Analysis:
+    words = read_words(trace, loaded.tokenizer)
+    labels = label_tokens(trace, words, tag_words(words))
+    measures = adjust_over_layers(
+        [measure_layer(trace, layer, labels) for layer in range(trace.layers)]
+    )
+    tables = [
+        layer_tables(trace, labels, np.asarray(trace.experts_NLK[:, layer]), layer)
+        for layer in range(trace.layers)
+    ]
+    top_words, coherences, twins = measure_coherence(trace, labels, tables)
+    spaces = anchor_space.anchor_spaces(loaded.model, loaded.tokenizer.get_vocab_size())
+    profiles = []
+    for layer in range(trace.layers):
+        named = [[words.words_W[number] for number in own] for own in top_words[layer]]
+        space = spaces[layer] if spaces else None
+        profiles.append(
+            profile_layer(
+                trace, layer, tables[layer], named, coherences[layer], space, loaded.tokenizer
+            )
+        )
+        measures[layer]["coherent_share"] = share_above_null(coherences[layer], twins[layer])
+    common = np.argsort(-np.bincount(trace.tokens_N, minlength=trace.vocab_size), kind="stable")
+    common = common[common < loaded.tokenizer.get_vocab_size()][:MAP_TOKENS]
+    return Analysis(
+        facts,
+        measures,
+        [anchor_space.geometry(space.anchors_ED) for space in spaces],
+        profiles,
+        trace.load_LE,
+        trace.pairs_LEE,
+        [(space.anchors_ED @ space.anchors_ED.T).numpy() for space in spaces],
+        [_map(space, common, loaded) for space in spaces],
+        spaces,
+    )
+
+
+def _map(space: AnchorSpace, common: NDArray[np.int64], loaded: LoadedRun) -> AnchorMap:
+    anchors_E2, tokens_S2, share = anchor_space.principal_plane(space, common)
+    names = [loaded.tokenizer.decode([i], skip_special_tokens=False) for i in common.tolist()]
+    return AnchorMap(anchors_E2, tokens_S2, names, share)
+
+
+def _checkpoints(loaded: LoadedRun, trace: Trace) -> dict[int, Path]:
+    """Kept checkpoints up to the analysed one, by step."""
+    folder = loaded.run.checkpoints
+    steps = {step: folder / str(step) for step in numbered(folder)}
+    last = int(loaded.trainer["step"])
+    kept = {s: path for s, path in steps.items() if s < last and (path / MANIFEST).is_file()}
+    return {**kept, last: loaded.checkpoint}

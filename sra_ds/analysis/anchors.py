@@ -1,0 +1,120 @@
+"""Where the anchors lie: their cosines, the room they span, and the vocabulary nearest to them.
+
+For a linear router its rows stand for anchors. Anchors live among the vectors a router is given, so a
+token is compared with them as that layer's norm of its embedding: what the router would see of it without
+any context. Nearest is not the same as routed. Letters: L layers, E experts, D width, V token types.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from sra_ds.analysis.statistics import PERMUTATIONS, Floats, Measured, measured
+from sra_ds.model.language_model import LanguageModel
+from sra_ds.moe.routers import anchor_rows
+
+SEED = 0
+
+
+class AnchorSpace(NamedTuple):
+    """Unit vectors of one layer, in the same space."""
+
+    anchors_ED: Tensor
+    vocabulary_VD: Tensor
+
+
+@torch.no_grad()
+def anchor_spaces(model: LanguageModel, vocabulary: int) -> list[AnchorSpace]:
+    """One per routed layer that has anchors; the first `vocabulary` ids are those of the tokenizer."""
+    device = next(model.parameters()).device
+    ids = torch.arange(vocabulary, device=device)
+    embedded_VD = model.embedding(ids[None], ids).squeeze(0)
+    spaces = []
+    for block, router in zip(model.blocks, model.routers(), strict=True):
+        rows_ED = anchor_rows(router)
+        if rows_ED is not None:
+            seen_VD = block.channel_norm(embedded_VD)  # type: ignore[operator]
+            pair = (normalize(part.float(), dim=-1).cpu() for part in (rows_ED, seen_VD))
+            spaces.append(AnchorSpace(*pair))
+    return spaces
+
+
+def nearest_tokens(space: AnchorSpace, top: int) -> tuple[list[list[int]], Floats]:
+    """For each expert the ids of largest cosine with its anchor, and those cosines, E x top."""
+    cosines, ids = (space.anchors_ED @ space.vocabulary_VD.T).topk(top, dim=1)
+    return ids.tolist(), cosines.double().numpy()
+
+
+def geometry(anchors_ED: Tensor) -> dict[str, Measured]:
+    """Dispersion and rank of unit anchors beside those of random directions. Chance is the value for
+    independent uniform directions: E|cos| = sqrt(2 / (pi D)) to first order."""
+    experts, width = anchors_ED.shape
+    if experts < 2:
+        return {}
+    found = {name: [] for name in GEOMETRY}  # type: dict[str, list[float]]
+    generator = torch.Generator().manual_seed(SEED)
+    for _ in range(PERMUTATIONS):
+        random_ED = normalize(torch.randn(experts, width, generator=generator), dim=-1)
+        for name, of in GEOMETRY.items():
+            found[name].append(of(random_ED))
+    chances = {"mean_abs_cosine": math.sqrt(2 / (math.pi * width)), "mean_cosine": 0.0}
+    return {
+        name: measured(
+            of(anchors_ED),
+            np.array(found[name]),
+            np.empty(0),
+            smaller=name == "effective_rank",
+            chance=chances.get(name, np.nan),
+        )
+        for name, of in GEOMETRY.items()
+    }
+
+
+def effective_rank(anchors_ED: Tensor) -> float:
+    """exp of the entropy of the normalised singular values (Roy and Vetterli 2007)."""
+    squares_E = torch.linalg.eigvalsh((anchors_ED @ anchors_ED.T).double())
+    singular = squares_E.clamp(min=0).sqrt()
+    shares = singular[singular > 0] / singular.sum()
+    return float(torch.exp(-(shares * shares.log()).sum()))
+
+
+def _off_diagonal(anchors_ED: Tensor) -> Tensor:
+    gram_EE = anchors_ED @ anchors_ED.T
+    return gram_EE[~torch.eye(len(gram_EE), dtype=torch.bool)]
+
+
+def _mean_cosine(anchors_ED: Tensor) -> float:
+    return float(_off_diagonal(anchors_ED).mean())
+
+
+def _mean_abs_cosine(anchors_ED: Tensor) -> float:
+    return float(_off_diagonal(anchors_ED).abs().mean())
+
+
+def _largest_cosine(anchors_ED: Tensor) -> float:
+    return float(_off_diagonal(anchors_ED).max())
+
+
+GEOMETRY = {
+    "mean_cosine": _mean_cosine,
+    "mean_abs_cosine": _mean_abs_cosine,
+    "largest_cosine": _largest_cosine,
+    "effective_rank": effective_rank,
+}
+
+
+def principal_plane(space: AnchorSpace, shown: NDArray[np.int64]) -> tuple[Floats, Floats, float]:
+    """Anchors (E x 2) and some tokens (S x 2) in the two principal directions of both, each centred on
+    its own mean, and the share of variance the plane holds."""
+    tokens_SD = space.vocabulary_VD[torch.from_numpy(shown)]
+    parts = [part - part.mean(0) for part in (space.anchors_ED, tokens_SD)]
+    both = torch.cat([part / part.norm().clamp(min=1e-12) for part in parts])
+    _, singular, directions = torch.linalg.svd(both, full_matrices=False)
+    share = float(singular[:2].square().sum() / singular.square().sum())
+    first, second = ((part @ directions[:2].T).double().numpy() for part in parts)
+    return first, second, share

@@ -1,0 +1,139 @@
+"""What a routed layer as a whole does with token types, words, grammar and domains.
+
+Every measure is a `Measured`: value, chance, null of permuted decisions, the untrained twin, interval.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sra_ds.analysis.statistics import (
+    PERMUTATIONS,
+    Measured,
+    block_of_documents,
+    measured,
+    with_adjusted_p,
+)
+from sra_ds.analysis.subtokens import neighbours_within_words, subtoken_coherence
+from sra_ds.analysis.syntax import CLASSES, class_of_token
+from sra_ds.analysis.tables import (
+    SEED,
+    Routes,
+    mean_divergence,
+    mean_label_share,
+    measure,
+    normalised_mutual_information,
+)
+from sra_ds.analysis.traces import Trace
+from sra_ds.analysis.words import Words
+
+Ints = NDArray[np.int64]
+
+TOKEN_MEASURES = {
+    "token_information": normalised_mutual_information,
+    "token_divergence": mean_divergence,
+    "vocabulary_specialisation": mean_label_share,
+}
+
+
+class Labels(NamedTuple):
+    """What is known of each of N tokens besides its type."""
+
+    words: Words
+    classes_M: NDArray[np.int8]
+    """Part of speech of each unit, -1 where it was not tagged."""
+    block_of_document: Ints
+    block_N: Ints
+    domain_N: Ints
+
+    @property
+    def class_N(self) -> NDArray[np.int8]:
+        """Part of speech of the word each token belongs to, -1 for none."""
+        return class_of_token(self.classes_M, self.words.unit_of_token_N)
+
+    @property
+    def word_unit_N(self) -> NDArray[np.int32]:
+        """Unit of each token that is part of a word, -1 for the others."""
+        return np.where(self.words.word_of_token_N >= 0, self.words.unit_of_token_N, -1)
+
+
+def label_tokens(trace: Trace, words: Words, classes_M: NDArray[np.int8]) -> Labels:
+    """Labels of every traced token."""
+    starts = trace.documents["start"]
+    block_of_document = block_of_documents(starts, trace.tokens)
+    lengths = np.diff(np.append(starts, trace.tokens))
+    domain_N = np.repeat(trace.documents["domain"].astype(np.int64), lengths)
+    block_N = np.repeat(block_of_document, lengths)
+    return Labels(words, classes_M, block_of_document, block_N, domain_N)
+
+
+def routes_of(trace: Trace, layer: int, labels: Labels) -> Routes:
+    """Decisions of one layer."""
+    return Routes(
+        np.asarray(trace.experts_NLK[:, layer]),
+        np.asarray(trace.untrained_NLK[:, layer]),
+        labels.block_N,
+        trace.experts,
+    )
+
+
+def measure_layer(trace: Trace, layer: int, labels: Labels) -> dict[str, Measured]:
+    """Every measure of one layer that applies; p is not adjusted yet."""
+    routes = routes_of(trace, layer, labels)
+    found = measure(TOKEN_MEASURES, trace.tokens_N, trace.vocab_size, routes)
+    chance = float((trace.load_LE[layer] / trace.load_LE[layer].sum()).max())
+    found["vocabulary_specialisation"] = found["vocabulary_specialisation"]._replace(chance=chance)
+    class_N = labels.class_N
+    tagged = np.flatnonzero(class_N >= 0)
+    if tagged.size:
+        named = {"syntax_information": normalised_mutual_information}
+        found |= measure(named, class_N[tagged], len(CLASSES), routes.where(tagged))
+    if len(trace.domains) > 1:
+        named = {"domain_information": normalised_mutual_information}
+        found |= measure(named, labels.domain_N, len(trace.domains), routes)
+    found |= subtoken_coherence(neighbours_within_words(labels.word_unit_N), routes)
+    if trace.top_k > 1:
+        found["co_activation"] = co_activation(routes)
+    zero_chance = ("token_information", "syntax_information", "domain_information")
+    return {n: m._replace(chance=0.0) if n in zero_chance else m for n, m in found.items()}
+
+
+def adjust_over_layers(layers: list[dict[str, Measured]]) -> list[dict[str, Measured]]:
+    """p of every measure of every layer, adjusted as one family."""
+    flat = with_adjusted_p([measure for layer in layers for measure in layer.values()])
+    again = iter(flat)
+    return [{name: next(again) for name in layer} for layer in layers]
+
+
+def co_activation(routes: Routes) -> Measured:
+    """Mean over experts of the share of its tokens that its most frequent partner serves, too (OLMoE,
+    arXiv 2409.02060). The null permutes each choice among the tokens."""
+    rng = np.random.default_rng(SEED)
+    null = []
+    for _ in range(PERMUTATIONS):
+        columns = [
+            rng.permutation(routes.experts_NK[:, k]) for k in range(routes.experts_NK.shape[1])
+        ]
+        null.append(_strongest_partner(pair_counts(np.stack(columns, 1), routes.experts)))
+    value = _strongest_partner(pair_counts(routes.experts_NK, routes.experts))
+    untrained = _strongest_partner(pair_counts(routes.untrained_NK, routes.experts))
+    return measured(value, np.array(null), np.empty(0), untrained=untrained)
+
+
+def pair_counts(experts_NK: NDArray[np.integer], experts: int) -> Ints:
+    """Tokens two experts serve together, E x E; the diagonal is their load."""
+    counts_EE = np.zeros(experts * experts, np.int64)
+    wide_NK = experts_NK.astype(np.int64)
+    for first in range(wide_NK.shape[1]):
+        for second in range(wide_NK.shape[1]):
+            keys = wide_NK[:, first] * experts + wide_NK[:, second]
+            counts_EE += np.bincount(keys, minlength=experts * experts)
+    return counts_EE.reshape(experts, experts)
+
+
+def _strongest_partner(pairs_EE: Ints) -> float:
+    load_E = pairs_EE.diagonal()
+    partners_EE = pairs_EE - np.diag(load_E)
+    active = load_E > 0
+    return float((partners_EE.max(1)[active] / load_E[active]).mean())

@@ -1,0 +1,154 @@
+"""What people open after an analysis: `report.html`, `experts.csv`, `analysis.json`, `figures/`.
+
+The page is one file without network access. Figures are drawn into it as SVG in the colour of its text.
+"""
+
+import csv
+import io
+import json
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import DictLoader, Environment, StrictUndefined
+
+from sra_ds.analysis.analysis import Analysis
+from sra_ds.analysis.expert_plots import INK, draw_analysis
+from sra_ds.storage.run_dir import write_atomically
+
+MEANINGS = {
+    "token_information": "2 I(token; expert) / (H(token) + H(expert))",
+    "token_divergence": "mean Jensen-Shannon divergence between two experts' tokens, in bits",
+    "vocabulary_specialisation": "share of a token type's routes that go where this one went",
+    "syntax_information": "2 I(part of speech; expert) / (H + H)",
+    "domain_information": "2 I(domain; expert) / (H + H)",
+    "subtoken_agreement": "neighbouring pieces of a word with the same first choice",
+    "subtoken_overlap": "Jaccard overlap of their choices",
+    "co_activation": "share of an expert's tokens that its usual partner serves, too",
+    "coherent_share": "experts whose words are more coherent than their 95 % null",
+}
+CAPTIONS = {
+    "measures": "Every measure by layer; bars are 95 % intervals.",
+    "coherence": "Coherence of every expert's ten words over the null of their frequencies: above the "
+    "line lies what 5 % would reach by chance.",
+    "load": "Load of each expert, fullest first.",
+    "syntax": "Parts of speech of what each expert is given.",
+    "domains": "Where each domain's tokens go.",
+    "co_activation": "Which experts serve the same tokens.",
+    "anchor_cosines": "Cosines between anchors.",
+    "anchor_map": "Anchors and the commonest tokens, as the router sees them without context, in two "
+    "principal directions, each centred on its mean.",
+    "saturation": "Share of the final choices that earlier checkpoints had made; the line is chance.",
+    "sweeps": "Perplexity with other numbers of experts per token, and with experts suppressed.",
+}
+COLUMNS = (
+    "layer", "expert", "kind", "specialisation", "load", "dead_by_routes", "dead_by_tokens",
+    "top_tokens", "top_words", "nearest_tokens", "vocabulary_specialisation", "function_share", "partner",
+    "partner_share", "mean_gate", "mean_score", "mean_margin",
+)  # fmt: skip
+
+
+def write_report(analyses: list[Analysis], out: Path) -> dict[str, Any]:
+    """Write everything on the first analysis, the others beside it; returns the paths and a summary."""
+    out.mkdir(parents=True, exist_ok=True)
+    figures = draw_analysis(analyses, out / "figures")
+    first = analyses[0].as_dict()
+    whole = {**first, "against": [other.as_dict() for other in analyses[1:]]}
+    write_atomically(out / "analysis.json", json.dumps(whole, indent=1))
+    write_atomically(out / "experts.csv", experts_csv(analyses))
+    write_atomically(out / "report.html", report_html(analyses, figures))
+    return {
+        "report": str(out / "report.html"),
+        "experts": str(out / "experts.csv"),
+        "analysis": str(out / "analysis.json"),
+        "figures": [str(path) for path in figures.values()],
+        "summary": {a.facts["run"]: _summary(a) for a in analyses},
+    }
+
+
+def experts_csv(analyses: list[Analysis]) -> str:
+    """One line per expert of every analysis."""
+    stream = io.StringIO(newline="")
+    measured = ("value", "null_mean", "null_95", "low", "high", "p", "p_adjusted")
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["run", *COLUMNS, *(f"coherence_{name}" for name in measured)])
+    for analysis in analyses:
+        for profile in (p for layer in analysis.profiles for p in layer):
+            values = profile.as_dict()
+            cells = [
+                " ".join(v) if isinstance(v, list) else v for v in (values[c] for c in COLUMNS)
+            ]
+            coherence = [values["coherence"][name] for name in measured]
+            writer.writerow([analysis.facts["run"], *cells, *coherence])
+    return stream.getvalue()
+
+
+def report_html(analyses: list[Analysis], figures: dict[str, Path]) -> str:
+    """The page."""
+    runs = [
+        {
+            **a.facts,
+            **_summary(a),
+            "profiles": [[p.as_dict() for p in layer] for layer in a.profiles],
+        }
+        for a in analyses
+    ]
+    drawn = [
+        {"name": name, "svg": inline_svg(path.read_text("utf-8")), "caption": CAPTIONS[name]}
+        for name, path in figures.items()
+    ]
+    return render(
+        "report.html.j2",
+        runs=runs,
+        experts_per_layer=analyses[0].load_LE.shape[1],
+        measures=_by_measure(analyses),
+        figures=drawn,
+    )
+
+
+def render(template: str, **values: Any) -> str:
+    """A page from one of the templates; text is escaped."""
+    folder = files("sra_ds.analysis") / "templates"
+    names = ("base.html.j2", template)
+    loader = DictLoader({name: (folder / name).read_text("utf-8") for name in names})
+    pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    return pages.get_template(template).render(**values)
+
+
+def inline_svg(text: str) -> str:
+    """An SVG file as part of a page: no prologue, no fixed size, the colour of the page's text."""
+    svg = text[text.index("<svg") :]
+    head, rest = svg.split(">", 1)
+    head = re.sub(r'\s(?:width|height)="[^"]*"', "", head)
+    return f'{head} role="img">{rest}'.replace(INK, "currentColor")
+
+
+def _summary(analysis: Analysis) -> dict[str, Any]:
+    """The few numbers people quote, over all layers."""
+    shares = [layer["coherent_share"] for layer in analysis.measures]
+    experts = [p for layer in analysis.profiles for p in layer]
+    kinds = ("semantic", "syntactic", "mixed", "idle")
+    return {
+        "coherent": sum(share.value for share in shares) / len(shares),
+        "coherent_untrained": sum(share.untrained for share in shares) / len(shares),
+        "subtoken_agreement": [m["subtoken_agreement"].as_dict() for m in analysis.measures],
+        "kinds": {kind: sum(p.kind == kind for p in experts) for kind in kinds},
+    }
+
+
+def _by_measure(analyses: list[Analysis]) -> list[dict[str, Any]]:
+    names = list(dict.fromkeys(name for a in analyses for layer in a.measures for name in layer))
+    return [
+        {
+            "title": name.replace("_", " "),
+            "meaning": MEANINGS[name],
+            "rows": [
+                {"where": f"{a.facts['recipe']} {layer}", **measures[name].as_dict()}
+                for a in analyses
+                for layer, measures in enumerate(a.measures)
+                if name in measures
+            ],
+        }
+        for name in names
+    ]

@@ -1,0 +1,110 @@
+"""What a number is worth: its chance level, its null, its interval, its p adjusted for the others.
+
+    p           share of the null at least as large, (1 + #) / (1 + R)     (Phipson and Smyth 2010)
+    p adjusted  false discovery rate over a family of tests                (Benjamini and Hochberg 1995)
+    interval    basic bootstrap over blocks of documents, 95 %             (Davison and Hinkley 1997)
+
+The basic interval, 2 value - quantile, because plug-in information is biased upwards in a resample.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+BLOCKS = 20
+"""Parts of the traced text, by documents, that a bootstrap draws from."""
+RESAMPLES = 100
+PERMUTATIONS = 99
+
+Floats = NDArray[np.float64]
+
+
+class Measured(NamedTuple):
+    """A value beside what it would be without structure. NaN where a part is not defined."""
+
+    value: float
+    chance: float = np.nan
+    """Expected if experts were chosen independently of everything."""
+    null_mean: float = np.nan
+    null_95: float = np.nan
+    """95th percentile of the null, or its 5th where small values are remarkable."""
+    untrained: float = np.nan
+    """The same measure of a router with initial weights on the same vectors."""
+    low: float = np.nan
+    high: float = np.nan
+    p: float = np.nan
+    p_adjusted: float = np.nan
+
+    def as_dict(self) -> dict[str, float | None]:
+        """For JSON, which has no NaN."""
+        return {
+            name: float(value) if np.isfinite(value) else None
+            for name, value in self._asdict().items()
+        }
+
+
+def measured(
+    value: float, null_R: Floats, resampled_R: Floats, smaller: bool = False, **others: float
+) -> Measured:
+    """A value with what its null and its resamples say; `smaller`: small values are the remarkable."""
+    low, high = basic_interval(value, resampled_R)
+    null_R = null_R[np.isfinite(null_R)]
+    if not null_R.size or not np.isfinite(value):
+        return Measured(value, low=low, high=high, **others)
+    return Measured(
+        value=value,
+        null_mean=float(null_R.mean()),
+        null_95=float(np.quantile(null_R, 0.05 if smaller else 0.95)),
+        low=low,
+        high=high,
+        p=p_value(value, null_R, smaller),
+        **others,
+    )
+
+
+def p_value(value: float, null_R: Floats, smaller: bool = False) -> float:
+    """One-sided p of a value against draws of its null."""
+    beyond = (null_R <= value) if smaller else (null_R >= value)
+    return (1 + int(beyond.sum())) / (1 + null_R.size)
+
+
+def basic_interval(value: float, resampled_R: Floats) -> tuple[float, float]:
+    """95 % basic bootstrap interval; NaN without resamples."""
+    resampled_R = resampled_R[np.isfinite(resampled_R)]
+    if not resampled_R.size or not np.isfinite(value):
+        return np.nan, np.nan
+    low, high = np.quantile(resampled_R, [0.025, 0.975])
+    return float(2 * value - high), float(2 * value - low)
+
+
+def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p; NaN stay NaN and do not count."""
+    p = np.asarray(p_values, np.float64)
+    adjusted = np.full(p.shape, np.nan)
+    tested = np.flatnonzero(np.isfinite(p))
+    if tested.size:
+        order = tested[np.argsort(p[tested])]
+        scaled = p[order] * tested.size / np.arange(1, tested.size + 1)
+        adjusted[order] = np.minimum.accumulate(scaled[::-1])[::-1].clip(max=1.0)
+    return [float(p) for p in adjusted]
+
+
+def with_adjusted_p(family: Sequence[Measured]) -> list[Measured]:
+    """The same measurements with p adjusted over all of them."""
+    adjusted = benjamini_hochberg([one.p for one in family])
+    return [one._replace(p_adjusted=p) for one, p in zip(family, adjusted, strict=True)]
+
+
+def block_of_documents(
+    starts: NDArray[Any], tokens: int, blocks: int = BLOCKS
+) -> NDArray[np.int64]:
+    """Block of each document; blocks are runs of documents of about equal numbers of tokens."""
+    middle: Floats = (starts + np.append(starts[1:], tokens)) / 2
+    return np.minimum((middle * blocks / max(tokens, 1)).astype(np.int64), blocks - 1)
+
+
+def resampling_weights(blocks: int, resamples: int = RESAMPLES, seed: int = 0) -> NDArray[np.int64]:
+    """How often each resample draws each block, R x B."""
+    return np.random.default_rng(seed).multinomial(blocks, np.full(blocks, 1 / blocks), resamples)

@@ -1,0 +1,52 @@
+"""What a change to a model costs: its loss before and after, on the same documents."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sra_ds.data.shards import TokenSplit
+from sra_ds.evaluation.compare import paired_bootstrap
+from sra_ds.evaluation.perplexity import evaluate
+from sra_ds.evaluation.run import Scoring, setting
+from sra_ds.evaluation.text import open_corpus
+from sra_ds.inference.load import LoadedRun
+
+
+def validation_split(loaded: LoadedRun) -> TokenSplit | None:
+    """The validation split of the corpus a run was trained on; None where the corpus is not on this
+    machine. Raises `DataError` for a damaged one."""
+    folder = loaded.run.environment().get("corpus_folder")
+    if folder is None or not Path(folder).is_dir():
+        return None
+    return open_corpus(loaded).split("valid")
+
+
+def perplexity_difference(
+    before: LoadedRun,
+    after: LoadedRun,
+    split: TokenSplit,
+    max_tokens: int,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Token perplexities of two models of one tokenizer over the first whole documents up to `max_tokens`
+    (0: all), and by how many nats per token `after` is worse, with its 95 % interval over documents."""
+    scores = []
+    for loaded in (before, after):
+        where = setting(loaded, Scoring(), device)
+        found = evaluate(loaded.model, split, where, max_tokens, progress=True)
+        assert found is not None  # nobody stops it
+        scores.append(found)
+    was, now = (found.summary() for found in scores)
+    pairs = [[(found.document_nll, found.document_tokens)] for found in scores]
+    change = paired_bootstrap(pairs[1], pairs[0])
+    return {
+        "before": was["token_perplexity"],
+        "after": now["token_perplexity"],
+        "difference": now["token_perplexity"] - was["token_perplexity"],
+        "tokens": was["tokens"],
+        "documents": len(scores[0].document_nll),
+        "worse_by_nats_per_token": change["nats_per_token"],
+        "low": change["low"],
+        "high": change["high"],
+    }

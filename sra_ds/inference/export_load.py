@@ -1,0 +1,105 @@
+"""How much each expert of a run was used, and for which tokens, from the files of the run.
+
+    analysis.json                      of tools/analyze.py: load and top tokens
+    routing/<step>.safetensors         the newest: routes per expert while training
+    checkpoints/<step>/trainer.json    what the checkpoint remembers of its last steps
+
+The first of these that is there counts. Letters: L layers, E experts.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sra_ds.errors import CheckpointError
+from sra_ds.inference.export_rows import Place, routed
+from sra_ds.inference.load import LoadedRun
+from sra_ds.metrics import DEAD_SHARE
+from sra_ds.storage.run_dir import read_json_object
+
+
+class Loads(NamedTuple):
+    """Routes per layer and expert, what says so, and the tokens an expert was chosen for most."""
+
+    routes_LE: Tensor
+    counted_in: str
+    top_tokens: dict[Place, tuple[str, ...]] | None = None
+
+    def tokens_of(self, place: Place) -> tuple[str, ...] | None:
+        """The tokens an expert was chosen for most."""
+        return None if self.top_tokens is None else self.top_tokens[place]
+
+    def share(self, place: Place) -> float:
+        """Of the routes of its layer."""
+        routes_E = self.routes_LE[place.layer]
+        return float(routes_E[place.expert] / routes_E.sum().clamp(min=1e-12))
+
+    def dead(self, layer: int) -> list[int]:
+        """Experts with fewer than 1e-4 of the layer's routes."""
+        routes_E = self.routes_LE[layer]
+        return (routes_E < DEAD_SHARE * routes_E.sum()).nonzero().flatten().tolist()
+
+    def least_first(self, layer: int) -> list[int]:
+        """All experts by rising load, ties by falling number."""
+        falling_E = self.routes_LE[layer].sort(descending=True, stable=True).indices
+        return falling_E.flip(0).tolist()
+
+
+def known_loads(loaded: LoadedRun) -> Loads | None:
+    """What the run tells; None if nothing. Raises `CheckpointError` for a damaged file."""
+    run, channel = loaded.run, routed(loaded.recipe)
+    shape = (loaded.recipe.model.layers, channel.experts)
+    analysis = run.path / "analysis.json"
+    snapshots = [path for path in run.routing.glob("*.safetensors") if path.stem.isdecimal()]
+    if analysis.is_file():
+        found = _from_analysis(read_json_object(analysis), shape, loaded.trainer["top_k"])
+        origin = analysis
+    elif snapshots:
+        origin = max(snapshots, key=lambda path: int(path.stem))
+        found = _from_snapshot(origin)
+    elif loaded.trainer.get("recent_load"):
+        found = _from_trainer(loaded.trainer["recent_load"])
+        origin = run.checkpoints / loaded.checkpoint.name / "trainer.json"
+    else:
+        return None
+    if found is None or found.routes_LE.shape != shape or not (found.routes_LE >= 0).all():
+        raise CheckpointError(
+            f"{origin} does not tell the load of {shape[0]} x {shape[1]} experts; make it again or "
+            "move it away"
+        )
+    return found._replace(counted_in=str(origin.relative_to(run.path)))
+
+
+def _from_analysis(found: dict[str, Any], shape: tuple[int, int], top_k: int) -> Loads | None:
+    """Routes and tokens of every expert; None where one is missing or malformed."""
+    routes_LE = torch.full(shape, -1.0, dtype=torch.float64)
+    tokens: dict[Place, tuple[str, ...]] = {}
+    try:
+        routes = top_k * float(found["tokens"])
+        for entry in found["experts"]:
+            place = Place(int(entry["layer"]), int(entry["expert"]))
+            routes_LE[place] = routes * float(entry["load"])
+            tokens[place] = tuple(map(str, entry["top_tokens"]))
+    except (LookupError, TypeError, ValueError):
+        return None
+    return Loads(routes_LE.round(), "", tokens)
+
+
+def _from_snapshot(path: Path) -> Loads | None:
+    try:
+        return Loads(load_file(path)["load_LE"].double(), "")
+    except (SafetensorError, OSError, LookupError):
+        return None
+
+
+def _from_trainer(buckets: Any) -> Loads | None:
+    """The sum over the newest steps, each (tokens, routes per layer and expert)."""
+    try:
+        loads = [torch.tensor(load_LE, dtype=torch.float64) for _, load_LE in buckets]
+        return Loads(torch.stack(loads).sum(0), "")
+    except (TypeError, ValueError, RuntimeError):
+        return None

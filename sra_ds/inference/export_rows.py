@@ -1,0 +1,122 @@
+"""Which tensors of a routed layer hold one row per expert, and reading and writing such rows.
+
+    blocks.<layer>.channel.moe.backend.experts.up_weight   E x D x F    experts.up_weight   D x F
+    blocks.<layer>.channel.moe.router.anchors              E x D        router.anchors      D
+    ... every other tensor of the experts and, where it has an entry per expert, of the router
+
+On the left names and shapes in a model, on the right those of one expert. A temperature that all experts
+share and a shared expert belong to none. Letters: E experts, D width, F hidden width.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sra_ds.config import Recipe
+from sra_ds.config.model import CosineRouterConfig, GeluConfig, MoEChannelConfig
+from sra_ds.errors import CheckpointError, ConfigError
+
+State = dict[str, Tensor]
+ANCHORS = "router.anchors"
+
+
+class Place(NamedTuple):
+    """One expert of a model."""
+
+    layer: int
+    expert: int
+
+    def __str__(self) -> str:
+        return f"{self.layer}:{self.expert}"
+
+
+def routed(recipe: Recipe) -> MoEChannelConfig:
+    """The channel of a model with experts; raises `ConfigError` for a dense one."""
+    channel = recipe.model.channel
+    if not isinstance(channel, MoEChannelConfig):
+        raise ConfigError(f"{recipe.name} is a dense model; it has no experts")
+    return channel
+
+
+def row_names(state: State, recipe: Recipe, layer: int) -> dict[str, str]:
+    """Name of a row -> name of the tensor that holds it, for one layer."""
+    channel, prefix = routed(recipe), f"blocks.{layer}.channel.moe."
+    router = channel.router
+    own = isinstance(router, CosineRouterConfig) and router.temperature == "per_expert"
+    names = {}
+    for name in state:
+        short = name.removeprefix(prefix).removeprefix("backend.")
+        shared = short == "router.temperature" and not own
+        if name.startswith(prefix) and short.startswith(("experts.", "router.")) and not shared:
+            names[short] = name
+    for name in names.values():
+        if len(state[name]) != channel.experts:
+            raise ConfigError(
+                f"{name} has not one row for each of the {channel.experts} experts; experts of a "
+                f"{router.kind} router cannot be taken apart"
+            )
+    return names
+
+
+def read_rows(state: State, recipe: Recipe, place: Place) -> State:
+    """The tensors of one expert, copied to the CPU; raises `CheckpointError` if one is not finite."""
+    rows = {
+        short: state[name][place.expert].detach().cpu().clone()
+        for short, name in row_names(state, recipe, place.layer).items()
+    }
+    for short, row in rows.items():
+        if not row.isfinite().all():
+            raise CheckpointError(f"{short} of expert {place} is not finite; choose another step")
+    return rows
+
+
+def write_rows(state: State, recipe: Recipe, experts: Mapping[Place, State]) -> State:
+    """A state with the rows of some experts replaced; the tensors given stay as they are."""
+    changed = dict(state)
+    for layer in {place.layer for place in experts}:
+        for short, name in row_names(state, recipe, layer).items():
+            changed[name] = state[name].clone()
+            for place, rows in experts.items():
+                if place.layer == layer:
+                    changed[name][place.expert] = rows[short]
+    return changed
+
+
+def keep_rows(state: State, recipe: Recipe, kept_LK: list[list[int]]) -> State:
+    """A state with only the named experts of each layer, in that order."""
+    changed = dict(state)
+    for layer, kept in enumerate(kept_LK):
+        for name in row_names(state, recipe, layer).values():
+            changed[name] = state[name][torch.tensor(kept, device=state[name].device)]
+    return changed
+
+
+def require_place(recipe: Recipe, place: Place, where: str) -> None:
+    """Raise `ConfigError` for an expert the model does not have; `where` opens the message."""
+    layers, experts = recipe.model.layers, routed(recipe).experts
+    if place.layer >= layers:
+        raise ConfigError(f"{where}: there is no layer {place.layer} (0 to {layers - 1})")
+    if place.expert >= experts:
+        raise ConfigError(f"{where}: there is no expert {place.expert} (0 to {experts - 1})")
+
+
+def parse_place(text: str, option: str) -> Place:
+    """`2:7` as layer 2, expert 7; raises `ConfigError`."""
+    layer, separator, expert = text.partition(":")
+    if not separator:
+        raise ConfigError(f"{option} {text}: expected LAYER:EXPERT, such as 2:7")
+    return Place(parse_number(layer, f"{option} {text}"), parse_number(expert, f"{option} {text}"))
+
+
+def parse_number(text: str, where: str) -> int:
+    """A number of a layer or expert; raises `ConfigError`."""
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise ConfigError(f"{where}: {text!r} is not the number of a layer or expert")
+    return int(text)
+
+
+def has_bias(channel: MoEChannelConfig) -> bool:
+    """Whether the experts have biases."""
+    return isinstance(channel.expert, GeluConfig) and channel.expert.bias

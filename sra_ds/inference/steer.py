@@ -1,0 +1,272 @@
+"""Steering without retraining: experts suppressed, boosted, pinned, scaled, replaced, or steered towards.
+
+    x ── towards ──> router ── suppress, boost, pin ──> gates ── scale ──> experts ── replace ──> out
+
+While a model is steered, layers with edits route and combine through functions put in front of their
+own, so every router with scores, every backend and every device is steered alike, in generation and in
+evaluation. A token is touched only if an edited expert is among its choices before or after; all others
+keep their gates bit for bit, and edits that change nothing (factor 1, boost 0) are left out.
+
+Letters: T tokens, D width, E experts, K experts per token.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from sra_ds.config.steering import (
+    Boost,
+    Edit,
+    Pin,
+    Replace,
+    Scale,
+    Steering,
+    Suppress,
+    Towards,
+)
+from sra_ds.errors import ConfigError
+from sra_ds.model.language_model import LanguageModel
+from sra_ds.moe.layer import MoELayer
+from sra_ds.moe.routers import ScoringRouter, anchor_rows
+from sra_ds.moe.routing import Routing
+from sra_ds.ops.top_k_routing import Selection, statistics, top_k_routing
+from sra_ds.storage.run_dir import write_atomically
+
+CERTAIN = 1e30
+"""Added to the selection score of a pinned expert; no score comes near it."""
+
+Kind = TypeVar("Kind", bound=Edit)
+
+
+@contextmanager
+def steered(model: LanguageModel, steering: Steering) -> Iterator[None]:
+    """Steer a model in eval mode until the end of the block. Raises `ConfigError` for edits that do not
+    fit it."""
+    layers = model.routed_layers()
+    _require_fit(layers, steering)
+    with ExitStack() as undo:
+        for number, layer in enumerate(layers):
+            edits = [e for e in steering.edits if e.layer == number and not _is_neutral(e)]
+            _steer_layer(layer, edits, undo)
+        yield
+
+
+def load_card(path: Path) -> Steering:
+    """A steering from its JSON card; raises `ConfigError` naming the file and the entry."""
+    try:
+        return Steering.model_validate(json.loads(path.read_text("utf-8")))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{path}: {where}: {first['msg']}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not a steering card ({error})") from None
+
+
+def save_card(steering: Steering, path: Path) -> None:
+    """Write the JSON card."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, steering.model_dump_json(indent=1) + "\n")
+
+
+def _is_neutral(edit: Edit) -> bool:
+    return (
+        (isinstance(edit, Boost) and edit.by == 0)
+        or (isinstance(edit, Scale) and edit.by == 1)
+        or (isinstance(edit, Towards) and edit.strength == 0)
+    )
+
+
+def _of(edits: Sequence[Edit], kind: type[Kind]) -> list[Kind]:
+    return [edit for edit in edits if isinstance(edit, kind)]
+
+
+def _steer_layer(layer: MoELayer, edits: Sequence[Edit], undo: ExitStack) -> None:
+    """Put the layer's edits in front of its functions."""
+    towards, scales = _of(edits, Towards), _of(edits, Scale)
+    choices = [e for e in edits if isinstance(e, (Suppress, Boost, Pin))]
+    replaced = _of(edits, Replace)
+    router: Any = layer.router
+    if towards:
+        undo.enter_context(_in_front(layer, _moved(layer, towards)))
+    if choices:
+        undo.enter_context(_in_front(router, _rerouted(router, choices)))
+    if scales:
+        undo.enter_context(_in_front(router, _scaled(router.experts, scales)))
+    if replaced:
+        undo.enter_context(_in_front(layer.backend, _with_outputs(replaced)))
+
+
+@contextmanager
+def _in_front(module: nn.Module, around: Callable[..., Any]) -> Iterator[None]:
+    """For a while `module(...)` is `around(own forward, ...)`; hooks of others go on as before."""
+    own, before = module.forward, vars(module).get("forward")
+    module.forward = lambda *arguments: around(own, *arguments)
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+def _moved(layer: MoELayer, edits: list[Towards]) -> Callable[..., Any]:
+    rows_ED = anchor_rows(layer.router)
+    directions = []
+    for edit in edits:
+        if isinstance(edit.direction, tuple):
+            vector_D = torch.tensor(edit.direction)
+        else:
+            assert rows_ED is not None
+            vector_D = rows_ED[edit.expert].detach()
+        directions.append((edit.strength, normalize(vector_D.double(), dim=0)))
+
+    def forward(own: Callable[..., Any], x_TD: Tensor, *rest: Any) -> Any:
+        length_T1 = x_TD.norm(dim=-1, keepdim=True)
+        step_D = sum(strength * unit_D.to(x_TD) for strength, unit_D in directions)
+        return own(x_TD + length_T1 * step_D, *rest)
+
+    return forward
+
+
+def _rerouted(router: ScoringRouter, edits: Sequence[Suppress | Boost | Pin]) -> Callable[..., Any]:
+    """Routing by edited scores, for the tokens that an edited expert serves before or after."""
+    pinned = [edit.expert for edit in edits if isinstance(edit, Pin)]
+    edited_E = torch.zeros(router.experts, dtype=torch.bool)
+    edited_E[[edit.expert for edit in edits]] = True
+
+    def forward(
+        own: Callable[..., Routing],
+        x_TD: Tensor,
+        valid_T: Tensor | None = None,
+        token_ids_T: Tensor | None = None,
+        keep_scores: bool = False,
+    ) -> Routing:
+        before = own(x_TD, valid_T, token_ids_T, True)
+        assert before.scores_TE is not None
+        scores_TE = before.scores_TE.clone()
+        scores_TE[:, pinned] = scores_TE.max(-1, keepdim=True).values
+        for edit in edits:
+            if isinstance(edit, Boost):
+                scores_TE[:, edit.expert] += edit.by
+            elif isinstance(edit, Suppress):
+                scores_TE[:, edit.expert] = -torch.inf
+        bias_E = router.selection_bias_E.clone()
+        bias_E[pinned] = CERTAIN
+        top_k = before.expert_ids_TK.shape[-1]
+        after = top_k_routing(scores_TE, top_k, router.config.gate, Selection(valid_T, bias_E))
+        marked_E = edited_E.to(x_TD.device)
+        touched_T1 = (marked_E[before.expert_ids_TK] | marked_E[after.expert_ids_TK]).any(
+            -1, keepdim=True
+        )
+        return _merge(before, Routing(*after), touched_T1, scores_TE, valid_T)._replace(
+            scores_TE=scores_TE if keep_scores else None
+        )
+
+    return forward
+
+
+def _merge(
+    before: Routing, after: Routing, touched_T1: Tensor, scores_TE: Tensor, valid_T: Tensor | None
+) -> Routing:
+    """`after` where a token is touched, else `before`; statistics of the mixture."""
+    ids_TK = torch.where(touched_T1, after.expert_ids_TK, before.expert_ids_TK)
+    gates_TK = torch.where(touched_T1, after.gates_TK, before.gates_TK)
+    lse_T = scores_TE.logsumexp(-1)
+    probs_TE = (scores_TE - lse_T.unsqueeze(-1)).exp()
+    load_E, mean_probs_E, lse_T, count = statistics(probs_TE, ids_TK, lse_T, valid_T)
+    return before._replace(
+        gates_TK=gates_TK,
+        expert_ids_TK=ids_TK,
+        load_E=load_E,
+        mean_probs_E=mean_probs_E,
+        lse_T=lse_T,
+        valid_count=count,
+    )
+
+
+def _scaled(experts: int, edits: list[Scale]) -> Callable[..., Any]:
+    factor_E, renormalised_E = torch.ones(experts), torch.zeros(experts, dtype=torch.bool)
+    for edit in edits:
+        factor_E[edit.expert] *= edit.by
+        renormalised_E[edit.expert] |= edit.renormalise
+
+    def forward(own: Callable[..., Routing], *arguments: Any) -> Routing:
+        routing = own(*arguments)
+        ids_TK, gates_TK = routing.expert_ids_TK, routing.gates_TK
+        scaled_TK = gates_TK * factor_E.to(gates_TK)[ids_TK]
+        ratio_T1 = gates_TK.sum(-1, keepdim=True) / scaled_TK.sum(-1, keepdim=True)
+        wanted_T1 = renormalised_E.to(ids_TK.device)[ids_TK].any(-1, keepdim=True)
+        wanted_T1 &= ratio_T1.isfinite()
+        scaled_TK = torch.where(wanted_T1, scaled_TK * ratio_T1, scaled_TK)
+        return routing._replace(gates_TK=scaled_TK)
+
+    return forward
+
+
+def _with_outputs(edits: list[Replace]) -> Callable[..., Any]:
+    def forward(own: Callable[..., Tensor], x_TD: Tensor, routing: Routing) -> Tensor:
+        ids_TK, gates_TK = routing.expert_ids_TK, routing.gates_TK
+        sent_TK, kept_TK = ids_TK, gates_TK
+        for edit in edits:
+            here_TK = ids_TK == edit.expert
+            if isinstance(edit.output, int):
+                sent_TK = torch.where(here_TK, edit.output, sent_TK)
+            else:
+                kept_TK = kept_TK.masked_fill(here_TK, 0.0)
+        out_TD = own(x_TD, routing._replace(expert_ids_TK=sent_TK, gates_TK=kept_TK))
+        for edit in edits:
+            if isinstance(edit.output, tuple):
+                gate_T1 = (gates_TK * (ids_TK == edit.expert)).sum(-1, keepdim=True)
+                fixed_D = torch.tensor(edit.output, dtype=out_TD.dtype, device=out_TD.device)
+                out_TD = out_TD + gate_T1.to(out_TD.dtype) * fixed_D
+        return out_TD
+
+    return forward
+
+
+def _require_fit(layers: list[MoELayer], steering: Steering) -> None:
+    """Raise `ConfigError` for the first edit that this model cannot take."""
+    for number, edit in enumerate(steering.edits):
+        if edit.layer >= len(layers):
+            problem: str | None = f"the model has {len(layers)} routed layers, from 0"
+        else:
+            problem = _problem(layers[edit.layer], edit)
+        if problem is not None:
+            place = f"edit {number} ({edit.kind} {edit.layer}:{edit.expert})"
+            raise ConfigError(f"steering {steering.name!r}, {place}: {problem}")
+    for number, layer in enumerate(layers):
+        own = _of([e for e in steering.edits if e.layer == number], Suppress)
+        experts, top_k = int(layer.router.experts), int(layer.router.top_k)  # type: ignore[arg-type]
+        left = experts - len({edit.expert for edit in own})
+        if left < top_k:
+            raise ConfigError(
+                f"steering {steering.name!r} leaves {left} experts of layer {number}; the router "
+                f"chooses {top_k}"
+            )
+
+
+def _problem(layer: MoELayer, edit: Edit) -> str | None:
+    """Why a layer cannot take an edit."""
+    router: Any = layer.router
+    scored = isinstance(router, ScoringRouter)
+    vector = edit.direction if isinstance(edit, Towards) else getattr(edit, "output", None)
+    if edit.expert >= router.experts:
+        return f"the layer has {router.experts} experts, from 0"
+    if isinstance(edit, (Suppress, Boost, Pin)) and not scored:
+        return "this router has no scores to edit; scale and replace work"
+    if vector == "anchor" and not scored:
+        return "this router has no anchors; give a vector"
+    if isinstance(vector, tuple) and len(vector) != layer.width:
+        return f"its vector has {len(vector)} numbers, the model's have {layer.width}"
+    if isinstance(vector, int) and not 0 <= vector < router.experts:
+        return f"there is no expert {vector} to take the output of"
+    return None
