@@ -9,6 +9,7 @@ from typing import Any
 from sra_ds import cli
 from sra_ds.evaluation.run import Scoring, score_run
 from sra_ds.inference.load import load_run
+from sra_ds.inference.steer import steered_by
 from sra_ds.training.environment import choose_device, prepare_process
 
 
@@ -27,6 +28,7 @@ def main() -> int:
     parser.add_argument(
         "--health-tokens", type=cli.at_least(0), default=1_000_000, help="for dead experts; 0: skip"
     )
+    parser.add_argument("--steer", type=Path, metavar="CARD", help="with this steering")
     return cli.run(parser.parse_args(), command, cli.show_tree)
 
 
@@ -43,7 +45,8 @@ def command(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments.health_tokens,
         arguments.legacy_sra,
     )
-    return score_run(loaded, scoring, device)
+    with steered_by(loaded.model, arguments.steer):
+        return score_run(loaded, scoring, device)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 from sra_ds import cli
 from sra_ds.inference.generate import Sampling, generate, generate_batch, read_prompts
 from sra_ds.inference.load import LoadedRun, load_run
+from sra_ds.inference.steer import steered_by
 from sra_ds.training.environment import choose_device
 
 
@@ -20,16 +21,11 @@ def main() -> int:
     parser = cli.parser(__doc__ or "")
     parser.add_argument("--run", type=Path, required=True, help="run directory")
     parser.add_argument(
-        "--prompt",
-        action="append",
-        default=[],
-        help="opening of a text; may be given several times",
+        "--prompt", action="append", default=[], help="opening of a text; give one or several"
     )
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt on each line")
     parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
-    parser.add_argument(
-        "--max-tokens", type=cli.at_least(1), default=100, help="new tokens at most"
-    )
+    parser.add_argument("--max-tokens", type=cli.at_least(1), default=100, help="new ones at most")
     parser.add_argument("--batch-size", type=cli.at_least(1), default=16, help="prompts at a time")
     parser.add_argument("--temperature", type=cli.at_least(0.0), default=0.8, help="0: most likely")
     parser.add_argument("--top-k", type=cli.at_least(0), default=0, help="0: all tokens")
@@ -38,6 +34,7 @@ def main() -> int:
         "--repetition-penalty", type=cli.at_least(0.01), default=1.0, help="above 1: fewer (1: off)"
     )
     parser.add_argument("--seed", type=cli.at_least(0), default=0)
+    parser.add_argument("--steer", type=Path, metavar="CARD", help="with this steering")
     return cli.run(parser.parse_args(), command, lambda result: None)
 
 
@@ -47,8 +44,16 @@ def command(arguments: argparse.Namespace) -> dict[str, Any]:
     device, _ = choose_device()
     loaded = load_run(arguments.run, arguments.checkpoint, device)
     sampling = Sampling(**{name: getattr(arguments, name) for name in Sampling._fields})
-    if len(prompts) == 1 and not arguments.json:
-        return stream(loaded, prompts[0], arguments.max_tokens, sampling)
+    with steered_by(loaded.model, arguments.steer):
+        if len(prompts) == 1 and not arguments.json:
+            return stream(loaded, prompts[0], arguments.max_tokens, sampling)
+        return continue_all(loaded, prompts, arguments, sampling)
+
+
+def continue_all(
+    loaded: LoadedRun, prompts: list[str], arguments: argparse.Namespace, sampling: Sampling
+) -> dict[str, Any]:
+    """Batch by batch; each text is printed when its batch is done."""
     texts = []
     for start in range(0, len(prompts), arguments.batch_size):
         batch = prompts[start : start + arguments.batch_size]

@@ -15,6 +15,7 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 
 from sra_ds.analysis.analysis import Analysis
 from sra_ds.analysis.expert_plots import INK, draw_analysis
+from sra_ds.analysis.explain import Explanation
 from sra_ds.storage.run_dir import write_atomically
 
 MEANINGS = {
@@ -104,6 +105,20 @@ def report_html(analyses: list[Analysis], figures: dict[str, Path]) -> str:
         experts_per_layer=analyses[0].load_LE.shape[1],
         measures=_by_measure(analyses),
         figures=drawn,
+    )
+
+
+def explanation_html(explanation: Explanation, run: str) -> str:
+    """The page that shows a text with its tokens coloured by expert."""
+    data = explanation.as_dict()
+    layers = data["tokens"][0]["layers"]
+    return render(
+        "explain.html.j2",
+        run=run,
+        data=data,
+        layers=len(layers),
+        known=bool(explanation.known),
+        has_cosines=layers[0]["chosen"][0]["cosine"] is not None,
     )
 
 

@@ -5,12 +5,14 @@ from typing import Any
 
 import torch
 
+from sra_ds.config.steering import Steering
 from sra_ds.data.shards import TokenSplit
 from sra_ds.evaluation.compare import paired_bootstrap
-from sra_ds.evaluation.perplexity import evaluate
+from sra_ds.evaluation.perplexity import Perplexity, evaluate
 from sra_ds.evaluation.run import Scoring, setting
 from sra_ds.evaluation.text import open_corpus
 from sra_ds.inference.load import LoadedRun
+from sra_ds.inference.steer import steered
 
 
 def validation_split(loaded: LoadedRun) -> TokenSplit | None:
@@ -29,24 +31,46 @@ def perplexity_difference(
     max_tokens: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Token perplexities of two models of one tokenizer over the first whole documents up to `max_tokens`
-    (0: all), and by how many nats per token `after` is worse, with its 95 % interval over documents."""
-    scores = []
-    for loaded in (before, after):
-        where = setting(loaded, Scoring(), device)
-        found = evaluate(loaded.model, split, where, max_tokens, progress=True)
-        assert found is not None  # nobody stops it
-        scores.append(found)
-    was, now = (found.summary() for found in scores)
-    pairs = [[(found.document_nll, found.document_tokens)] for found in scores]
+    """`compared` for two models of one tokenizer, over the first whole documents up to `max_tokens` (0:
+    all)."""
+    return compared(*(_score(one, split, max_tokens, device) for one in (before, after)))
+
+
+def steering_cost(
+    loaded: LoadedRun,
+    steering: Steering,
+    split: TokenSplit,
+    max_tokens: int,
+    device: torch.device,
+) -> dict[str, Any]:
+    """`compared` for a model as it is and as it is steered."""
+    before = _score(loaded, split, max_tokens, device)
+    with steered(loaded.model, steering):
+        return compared(before, _score(loaded, split, max_tokens, device))
+
+
+def compared(before: Perplexity, after: Perplexity) -> dict[str, Any]:
+    """Token perplexities of two evaluations of the same documents, and by how many nats per token the
+    second is worse, with its 95 % interval over documents."""
+    was, now = before.summary(), after.summary()
+    pairs = [[(found.document_nll, found.document_tokens)] for found in (before, after)]
     change = paired_bootstrap(pairs[1], pairs[0])
     return {
         "before": was["token_perplexity"],
         "after": now["token_perplexity"],
         "difference": now["token_perplexity"] - was["token_perplexity"],
         "tokens": was["tokens"],
-        "documents": len(scores[0].document_nll),
+        "documents": len(before.document_nll),
         "worse_by_nats_per_token": change["nats_per_token"],
         "low": change["low"],
         "high": change["high"],
     }
+
+
+def _score(
+    loaded: LoadedRun, split: TokenSplit, max_tokens: int, device: torch.device
+) -> Perplexity:
+    where = setting(loaded, Scoring(), device)
+    found = evaluate(loaded.model, split, where, max_tokens, progress=True)
+    assert found is not None  # nobody stops it
+    return found

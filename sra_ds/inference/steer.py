@@ -12,7 +12,7 @@ Letters: T tokens, D width, E experts, K experts per token.
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,13 +49,17 @@ Kind = TypeVar("Kind", bound=Edit)
 def steered(model: LanguageModel, steering: Steering) -> Iterator[None]:
     """Steer a model in eval mode until the end of the block. Raises `ConfigError` for edits that do not
     fit it."""
-    layers = model.routed_layers()
-    _require_fit(layers, steering)
+    require_fit(model, steering)
     with ExitStack() as undo:
-        for number, layer in enumerate(layers):
+        for number, layer in enumerate(model.routed_layers()):
             edits = [e for e in steering.edits if e.layer == number and not _is_neutral(e)]
             _steer_layer(layer, edits, undo)
         yield
+
+
+def steered_by(model: LanguageModel, card: Path | None) -> AbstractContextManager[None]:
+    """Steer by a card, or not at all."""
+    return nullcontext() if card is None else steered(model, load_card(card))
 
 
 def load_card(path: Path) -> Steering:
@@ -233,8 +237,9 @@ def _with_outputs(edits: list[Replace]) -> Callable[..., Any]:
     return forward
 
 
-def _require_fit(layers: list[MoELayer], steering: Steering) -> None:
+def require_fit(model: LanguageModel, steering: Steering) -> None:
     """Raise `ConfigError` for the first edit that this model cannot take."""
+    layers = model.routed_layers()
     for number, edit in enumerate(steering.edits):
         if edit.layer >= len(layers):
             problem: str | None = f"the model has {len(layers)} routed layers, from 0"

@@ -1,0 +1,72 @@
+"""Say, token by token and layer by layer, which experts a text goes to, how close it was, and what those
+experts are known for (after tools/analyze.py)."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from sra_ds import cli
+from sra_ds.analysis.explain import Choice, Explanation, explain
+from sra_ds.analysis.report import explanation_html
+from sra_ds.inference.load import load_run
+from sra_ds.inference.steer import steered_by
+from sra_ds.storage.run_dir import write_atomically
+from sra_ds.training.environment import choose_device
+
+
+def main() -> int:
+    """Parse and run."""
+    parser = cli.parser(__doc__ or "")
+    parser.add_argument("--run", type=Path, required=True, help="run directory")
+    parser.add_argument("--text", required=True, help="the text itself")
+    parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
+    parser.add_argument("--near", type=cli.at_least(0), default=3, help="near misses to show")
+    parser.add_argument("--layer", type=cli.at_least(0), help="show this layer alone")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page to look at")
+    parser.add_argument("--steer", type=Path, metavar="CARD", help="with this steering")
+    return cli.run(parser.parse_args(), command, show)
+
+
+def command(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Explain, and write the page if asked for."""
+    device, _ = choose_device()
+    loaded = load_run(arguments.run, arguments.checkpoint, device)
+    with steered_by(loaded.model, arguments.steer):
+        explanation = explain(loaded, arguments.text, arguments.near)
+    if arguments.html is not None:
+        write_atomically(arguments.html, explanation_html(explanation, loaded.run.path.name))
+    if not arguments.json:
+        print_table(explanation, arguments.layer)
+    page = None if arguments.html is None else str(arguments.html)
+    return {"run": str(arguments.run), "html": page, **explanation.as_dict()}
+
+
+def print_table(explanation: Explanation, layer: int | None) -> None:
+    """One line for each token and layer: chosen experts, margin, near misses, what the first is known
+    for."""
+    for token, decisions in zip(explanation.tokens, explanation.decisions, strict=True):
+        for number, decision in enumerate(decisions):
+            if layer not in (None, number):
+                continue
+            chosen = " ".join(map(described, decision.chosen))
+            near = " ".join(map(described, decision.near))
+            margin = "" if decision.margin is None else f"{decision.margin:6.3f}"
+            known = explanation.known.get(f"{number}:{decision.chosen[0].expert}", {})
+            tokens = " ".join(known.get("top_tokens", []))
+            print(f"{token!r:<16} {number:>2}  {chosen:<28} {margin:>7}  ({near})  {tokens}")
+
+
+def described(choice: Choice) -> str:
+    """Expert and cosine, or score where there is none."""
+    return f"{choice.expert}:{choice.score if choice.cosine is None else choice.cosine:.3f}"
+
+
+def show(result: dict[str, Any]) -> None:
+    """The table is printed already."""
+    if result["html"]:
+        print(f"open {result['html']}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
