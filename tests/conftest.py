@@ -58,7 +58,7 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_recipe() -> Callable[..., Recipe]:
     """`tiny_recipe(family, overlay)`: a validated recipe of a few thousand weights, no dropout."""
 

@@ -77,7 +77,8 @@ def geometry(anchors_ED: Tensor) -> dict[str, Measured]:
 
 def effective_rank(anchors_ED: Tensor) -> float:
     """exp of the entropy of the normalised singular values (Roy and Vetterli 2007)."""
-    squares_E = torch.linalg.eigvalsh((anchors_ED @ anchors_ED.T).double())
+    wide_ED = anchors_ED.double()
+    squares_E = torch.linalg.eigvalsh(wide_ED @ wide_ED.T)
     singular = squares_E.clamp(min=0).sqrt()
     shares = singular[singular > 0] / singular.sum()
     return float(torch.exp(-(shares * shares.log()).sum()))

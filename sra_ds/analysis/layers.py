@@ -82,7 +82,8 @@ def measure_layer(trace: Trace, layer: int, labels: Labels) -> dict[str, Measure
     """Every measure of one layer that applies; p is not adjusted yet."""
     routes = routes_of(trace, layer, labels)
     found = measure(TOKEN_MEASURES, trace.tokens_N, trace.vocab_size, routes)
-    chance = float((trace.load_LE[layer] / trace.load_LE[layer].sum()).max())
+    share_E = trace.load_LE[layer] / trace.load_LE[layer].sum()
+    chance = float((share_E**2).sum())
     found["vocabulary_specialisation"] = found["vocabulary_specialisation"]._replace(chance=chance)
     class_N = labels.class_N
     tagged = np.flatnonzero(class_N >= 0)

@@ -120,12 +120,13 @@ class Coherence:
         )
         values = total.coherences(np.ones(len(windows_B)), a, b, owner, len(lists))
         weights_RB = resampling_weights(len(windows_B))
-        resampled = np.array([total.coherences(w, a, b, owner, len(lists)) for w in weights_RB])
+        resampled = [total.coherences(w, a, b, owner, len(lists)) for w in weights_RB]
+        resampled_RN = np.array(resampled).reshape(-1, len(lists))
         null = _Null(null_UU, total.windows_B.sum(), self.frequency_W[pool])
         rng = np.random.default_rng(SEED)
         return [
             measured(
-                values[n], null.draw(self.frequency_W[list(t)], rng), resampled[:, n], chance=0.0
+                values[n], null.draw(self.frequency_W[list(t)], rng), resampled_RN[:, n], chance=0.0
             )
             for n, t in enumerate(topics)
         ]

@@ -131,6 +131,7 @@ def share_above_null(coherences: list[Measured], twins: list[Measured]) -> Measu
     if not tested:
         return Measured(float("nan"))
     above = sum(one.value > one.null_95 for one in tested)
+    twins_above = [one.value > one.null_95 for one in other]
     result = binomtest(above, len(tested), 0.05, alternative="greater")
     interval = binomtest(above, len(tested), 0.05).proportion_ci(method="wilson")
     return Measured(
@@ -138,7 +139,7 @@ def share_above_null(coherences: list[Measured], twins: list[Measured]) -> Measu
         chance=0.05,
         null_mean=0.05,
         null_95=0.05,
-        untrained=sum(one.value > one.null_95 for one in other) / max(len(other), 1),
+        untrained=float(np.mean(twins_above)) if twins_above else float("nan"),
         low=float(interval.low),
         high=float(interval.high),
         p=float(result.pvalue),

@@ -106,5 +106,7 @@ def block_of_documents(
 
 
 def resampling_weights(blocks: int, resamples: int = RESAMPLES, seed: int = 0) -> NDArray[np.int64]:
-    """How often each resample draws each block, R x B."""
+    """How often each resample draws each block, R x B; no resamples of fewer than two."""
+    if blocks < 2:
+        return np.empty((0, blocks), np.int64)
     return np.random.default_rng(seed).multinomial(blocks, np.full(blocks, 1 / blocks), resamples)

@@ -30,19 +30,21 @@ def subtoken_coherence(first_S: NDArray[np.int64], routes: Routes) -> dict[str, 
     a_S, b_S = np.searchsorted(involved, first_S), np.searchsorted(involved, first_S + 1)
     experts_NK, untrained_NK = routes.experts_NK[involved], routes.untrained_NK[involved]
     rng = np.random.default_rng(SEED)
-    shuffled = [rng.permutation(experts_NK) for _ in range(PERMUTATIONS if len(first_S) else 0)]
-    block_S = routes.block_N[first_S]
-    share_E = np.bincount(experts_NK[:, 0], minlength=routes.experts) / max(len(involved), 1)
-    chances = {"subtoken_agreement": float((share_E**2).sum()), "subtoken_overlap": np.nan}
+    nulls: dict[str, list[float]] = {name: [] for name in AGREEMENTS}
+    for _ in range(PERMUTATIONS):
+        other_NK = rng.permutation(experts_NK)
+        for name, agreement in AGREEMENTS.items():
+            nulls[name].append(_mean(agreement(other_NK[a_S], other_NK[b_S])))
+    load_E = np.bincount(experts_NK[:, 0], minlength=routes.experts)
+    chances = {"subtoken_agreement": _mean((load_E / max(len(involved), 1))[experts_NK[:, 0]])}
     found = {}
     for name, agreement in AGREEMENTS.items():
         values_S = agreement(experts_NK[a_S], experts_NK[b_S])
-        null = [agreement(other[a_S], other[b_S]).mean() for other in shuffled]
         found[name] = measured(
             _mean(values_S),
-            np.array(null),
-            _resampled_means(values_S, block_S),
-            chance=chances[name],
+            np.array(nulls[name]),
+            _resampled_means(values_S, routes.block_N[first_S]),
+            chance=chances.get(name, np.nan),
             untrained=_mean(agreement(untrained_NK[a_S], untrained_NK[b_S])),
         )
     return found
@@ -70,8 +72,6 @@ def _mean(values_S: Floats) -> float:
 
 def _resampled_means(values_S: Floats, block_S: NDArray[np.int64]) -> Floats:
     blocks, owner_S = np.unique(block_S, return_inverse=True)
-    if len(blocks) < 2:
-        return np.empty(0)
     sums_B, counts_B = np.bincount(owner_S, values_S), np.bincount(owner_S)
     weights_RB = resampling_weights(len(blocks))
     means_R: Floats = (weights_RB @ sums_B) / (weights_RB @ counts_B).clip(min=1)

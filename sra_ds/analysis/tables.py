@@ -4,7 +4,7 @@ A label is a token type, a domain or a part of speech; a table holds the routes 
 expert. Letters: N tokens, K experts per token, V labels, E experts, P pairs that occur, B blocks.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -192,7 +192,9 @@ def measure(
     }
 
 
-def _resampled_counts(table: Table, labels_N: NDArray[np.integer], routes: Routes) -> list[Floats]:
+def _resampled_counts(
+    table: Table, labels_N: NDArray[np.integer], routes: Routes
+) -> Iterator[Floats]:
     """Counts of the table's pairs in resamples of the blocks of documents."""
     experts = table.shape[1]
     keys_P = table.rows_P * experts + table.experts_P
@@ -203,10 +205,8 @@ def _resampled_counts(table: Table, labels_N: NDArray[np.integer], routes: Route
         keys = labels_N[own].astype(np.int64)[:, None] * experts + routes.experts_NK[own]
         places = np.searchsorted(keys_P, keys.ravel())
         parts_BP[number] = np.bincount(places, minlength=len(keys_P))
-    if len(blocks) < 2:
-        return []
-    weights_RB = resampling_weights(len(blocks)).astype(np.float32)
-    return [(weights_B @ parts_BP).astype(np.float64) for weights_B in weights_RB]
+    for weights_B in resampling_weights(len(blocks)).astype(np.float32):
+        yield (weights_B @ parts_BP).astype(np.float64)
 
 
 def _shares_of_labels(table: Table) -> Floats:
