@@ -109,17 +109,32 @@ def adjust_over_layers(layers: list[dict[str, Measured]]) -> list[dict[str, Meas
 
 def co_activation(routes: Routes) -> Measured:
     """Mean over experts of the share of its tokens that its most frequent partner serves, too (OLMoE,
-    arXiv 2409.02060). The null permutes each choice among the tokens."""
+    arXiv 2409.02060). In the null tokens have swapped choices, which keeps the loads."""
     rng = np.random.default_rng(SEED)
-    null = []
+    null, swapped_NK = [], routes.experts_NK
     for _ in range(PERMUTATIONS):
-        columns = [
-            rng.permutation(routes.experts_NK[:, k]) for k in range(routes.experts_NK.shape[1])
-        ]
-        null.append(_strongest_partner(pair_counts(np.stack(columns, 1), routes.experts)))
+        swapped_NK = swap_choices(swapped_NK, rng)
+        null.append(_strongest_partner(pair_counts(swapped_NK, routes.experts)))
     value = _strongest_partner(pair_counts(routes.experts_NK, routes.experts))
     untrained = _strongest_partner(pair_counts(routes.untrained_NK, routes.experts))
     return measured(value, np.array(null), np.empty(0), untrained=untrained)
+
+
+def swap_choices(
+    experts_NK: NDArray[np.integer], rng: np.random.Generator
+) -> NDArray[np.integer]:
+    """The tokens in another order, after random pairs of them swapped a choice, K times over; not where
+    one of them would have the same expert twice."""
+    half, top_k = len(experts_NK) // 2, experts_NK.shape[1]
+    for _ in range(top_k):
+        experts_NK = experts_NK[rng.permutation(len(experts_NK))]
+        ours_HK, theirs_HK = experts_NK[:half], experts_NK[half : 2 * half]
+        i, j = rng.integers(top_k, size=2)
+        our_H, their_H = ours_HK[:, i].copy(), theirs_HK[:, j].copy()
+        clash_H = (ours_HK == their_H[:, None]).any(1) | (theirs_HK == our_H[:, None]).any(1)
+        ours_HK[:, i] = np.where(clash_H, our_H, their_H)
+        theirs_HK[:, j] = np.where(clash_H, their_H, our_H)
+    return experts_NK
 
 
 def pair_counts(experts_NK: NDArray[np.integer], experts: int) -> Ints:

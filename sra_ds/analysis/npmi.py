@@ -3,8 +3,9 @@
     NPMI(i, j) = log((p_ij + eps) / (p_i p_j)) / -log(p_ij + eps)
 
 p is the share of windows of ten words that hold a word or both; the coherence of a list of words is the
-mean over its pairs. The value is that of gensim's `c_npmi`. Beside it stand lists of other words of the
-same frequencies. Letters: W words, B blocks of documents, R draws, P pairs of words.
+mean over its pairs. The value is that of gensim's `c_npmi`, but for words that stand twice in a window,
+which gensim loses when the first of the two leaves it. Beside it stand lists of other words of the same
+frequencies. Letters: W words, B blocks of documents, R draws, P pairs of words.
 """
 
 from collections.abc import Iterator, Sequence
@@ -66,7 +67,7 @@ def count_windows(documents: Sequence[NDArray[np.integer]], words: int) -> Windo
 
 
 def npmi(pair: Floats, first: Floats, second: Floats, windows: Floats | float) -> Floats:
-    """NPMI of pairs from their counts of windows; 0 where a word does not occur, as in gensim."""
+    """NPMI of pairs from their counts of windows; 0 where a word does not occur."""
     joint = pair / windows + EPS
     apart = (first / windows) * (second / windows)
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -35,8 +35,8 @@ def subtoken_coherence(first_S: NDArray[np.int64], routes: Routes) -> dict[str, 
         other_NK = rng.permutation(experts_NK)
         for name, agreement in AGREEMENTS.items():
             nulls[name].append(_mean(agreement(other_NK[a_S], other_NK[b_S])))
-    load_E = np.bincount(experts_NK[:, 0], minlength=routes.experts)
-    chances = {"subtoken_agreement": _mean((load_E / max(len(involved), 1))[experts_NK[:, 0]])}
+    share_E = np.bincount(experts_NK[:, 0], minlength=routes.experts) / max(len(involved), 1)
+    chances = {"subtoken_agreement": _mean(share_E[experts_NK[:, 0]])}  # sum of the squares
     found = {}
     for name, agreement in AGREEMENTS.items():
         values_S = agreement(experts_NK[a_S], experts_NK[b_S])

@@ -86,5 +86,5 @@ def _tag(
     for unit, form, (_, _, tag) in zip(
         sentence, forms, tagger.tag_sent(forms, taglevel=1), strict=True
     ):
-        is_mark = len(form) == 1 and not form.isalnum()
+        is_mark = not any(map(str.isalnum, form))
         classes_M[unit] = CLASSES.index("punctuation") if is_mark else coarse_class(tag)

@@ -99,7 +99,8 @@ class Trace:
 
     @property
     def expert_means(self) -> dict[str, NDArray[np.float64]]:
-        """Per layer and expert: mean gate, score, and lead of the first choice over the second."""
+        """Per layer and expert: mean gate, score, and lead of the first choice over the second; NaN where
+        the expert was never a choice, or never the first."""
         return {name: self._array(f"{name}_LE") for name in ("gate", "score", "margin")}
 
     @cached_property
@@ -312,16 +313,16 @@ class _Writer:
         for layer, counter in enumerate(self.counters):
             for name, values in counter.counts()._asdict().items():
                 arrays[f"tokens{layer}_{name}"] = values
-        load_LE = self.load_LE.clip(min=1)
-        first_LE = self.sums.pop("first").clip(min=1)
+        first_LE = self.sums.pop("first")
         for name, sums_LE in self.sums.items():
-            arrays[f"{name}_LE"] = sums_LE / (first_LE if name == "margin" else load_LE)
+            counts_LE = first_LE if name == "margin" else self.load_LE
+            arrays[f"{name}_LE"] = np.where(counts_LE > 0, sums_LE / counts_LE.clip(min=1), np.nan)
         np.savez(
             self.folder / "counts.npz",
             load_LE=self.load_LE,
             pairs_LEE=self.pairs_LEE,
             domain_loads_LGE=self.domain_loads_LGE,
-            centroids_LED=(self.sums_LED / load_LE[..., None]).astype(np.float32),
+            centroids_LED=(self.sums_LED / self.load_LE.clip(min=1)[..., None]).astype(np.float32),
             documents=self.documents[["start", "domain"]],
             **arrays,
         )

@@ -1,11 +1,12 @@
 """The words behind traced tokens: BPE pieces are put together again before anything is said of meaning.
 
-A unit is a word (letters, digits, inner apostrophes) or one mark of punctuation. A token belongs to the
-unit that holds its first character that is not a space. Letters: N tokens, M units in the order of the
+A unit is a word (letters with their accents, digits, inner apostrophes) or one mark of punctuation. A
+token belongs to the unit that holds its first character that is not a space. Letters: N tokens, M units in the order of the
 text, F forms (units as written), W words (lower case).
 """
 
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -16,7 +17,10 @@ from tqdm import tqdm
 
 from sra_ds.analysis.traces import Trace
 
-UNIT = re.compile(r"\w+(?:['\u2019]\w+)*|[^\w\s]")
+ACCENTS = "".join(c for c in map(chr, range(0x20000)) if unicodedata.category(c)[0] == "M")
+"""Combining characters, which Python's \\w leaves out: they belong to the character before them."""
+LETTERS = rf"\w[\w{ACCENTS}]*"
+UNIT = re.compile(rf"{LETTERS}(?:['\u2019]{LETTERS})*|[^\w\s][{ACCENTS}]*")
 DOCUMENTS_AT_ONCE = 64
 NO_UNIT = -1
 

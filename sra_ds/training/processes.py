@@ -1,7 +1,9 @@
 """The processes of one run: joining, agreeing, and statistics over all of them."""
 
 import logging
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import deepspeed
 import torch
@@ -17,6 +19,17 @@ def start_processes() -> None:
     compiles DeepSpeed's shared-memory op on CPUs."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     start_together(lambda: deepspeed.init_distributed(verbose=False))
+    unname_shared_memory()
+
+
+def unname_shared_memory() -> None:
+    """Take the names off the 69 MB each process shares with the others through DeepSpeed on a CPU: it
+    leaves them behind for ever, and a run on the same port could open one of them. Collective."""
+    if not several() or dist.get_backend() != "gloo":
+        return
+    dist.barrier()  # all have opened all
+    place = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{dist.get_rank()}"
+    Path("/dev/shm", f"deepspeed_allreduce_buffer_{place}").unlink(missing_ok=True)
 
 
 def finish_processes() -> None:
