@@ -20,7 +20,7 @@ from typing import Any
 
 from sra_ds import cli
 from sra_ds.evaluation.difference import perplexity_difference, validation_split
-from sra_ds.inference.export_request import Request, carry_out
+from sra_ds.inference.export.request import Request, carry_out
 from sra_ds.inference.load import load_run
 from sra_ds.training.environment import choose_device
 

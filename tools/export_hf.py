@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sra_ds import cli
-from sra_ds.inference.hf_export import export_hf
+from sra_ds.inference.hf.export import export_hf
 from sra_ds.inference.load import load_run
 
 

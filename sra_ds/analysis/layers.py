@@ -120,9 +120,7 @@ def co_activation(routes: Routes) -> Measured:
     return measured(value, np.array(null), np.empty(0), untrained=untrained)
 
 
-def swap_choices(
-    experts_NK: NDArray[np.integer], rng: np.random.Generator
-) -> NDArray[np.integer]:
+def swap_choices(experts_NK: NDArray[np.integer], rng: np.random.Generator) -> NDArray[np.integer]:
     """The tokens in another order, after random pairs of them swapped a choice, K times over; not where
     one of them would have the same expert twice."""
     half, top_k = len(experts_NK) // 2, experts_NK.shape[1]

@@ -22,9 +22,11 @@ WINDOW = 10
 TOP_WORDS = 10
 EPS = 1e-12
 POOL_WORDS = 2048
-"""Words the null is drawn from, evenly spaced over the frequency ranks."""
+"""Words the null is drawn from; of more the common ones, and others evenly spaced over log rank."""
 NEIGHBOURS = 32
-"""Words of the pool nearest in frequency, of which one replaces a listed word."""
+"""Words of the pool nearest in rank, of which one replaces a listed word ..."""
+FREQUENCY_RATIO = 2.0
+"""... if it is at most this many times as common or as rare."""
 NULL_DRAWS = 999
 SEED = 0
 
@@ -135,8 +137,10 @@ class Coherence:
     def _pool(self, least: int) -> Ints:
         order = np.argsort(-self.frequency_W, kind="stable")
         eligible = order[self.frequency_W[order] >= least]
-        places = np.linspace(0, max(len(eligible) - 1, 0), min(POOL_WORDS, len(eligible)))
-        return eligible[np.unique(places.round().astype(np.int64))]
+        if len(eligible) <= POOL_WORDS:
+            return eligible
+        places = np.geomspace(1, len(eligible), POOL_WORDS).round() - 1
+        return eligible[np.unique(places.astype(np.int64))]
 
     def _documents_by_block(self, number_W: Ints) -> Iterator[list[Ints]]:
         """Documents as numbers of the words in use; words out of use keep their places, punctuation
@@ -190,11 +194,13 @@ class _Null:
         size, pool = len(frequency_T), len(self.order)
         if size < 2 or pool < 2:
             return np.empty(0)
-        place_T = np.searchsorted(self.sorted_frequency, frequency_T)
-        near = min(NEIGHBOURS, pool)
-        begin_T = (place_T - near // 2).clip(0, pool - near)
-        chosen_RT = begin_T + rng.integers(0, near, (NULL_DRAWS, size))
-        words_RT = self.order[chosen_RT]
+        place_T = np.searchsorted(self.sorted_frequency, frequency_T).clip(max=pool - 1)
+        first_T = (place_T - NEIGHBOURS // 2).clip(0, max(pool - NEIGHBOURS, 0))
+        rarest_T = np.searchsorted(self.sorted_frequency, frequency_T / FREQUENCY_RATIO)
+        end_T = np.searchsorted(self.sorted_frequency, frequency_T * FREQUENCY_RATIO, "right")
+        begin_T = np.maximum(first_T, rarest_T).clip(max=place_T)
+        end_T = np.minimum(first_T + NEIGHBOURS, end_T).clip(min=place_T + 1)
+        words_RT = self.order[rng.integers(begin_T, end_T, (NULL_DRAWS, size))]
         i, j = np.triu_indices(size, 1)
         values_RP = self.npmi_UU[words_RT[:, i], words_RT[:, j]]
         same_RP = words_RT[:, i] == words_RT[:, j]

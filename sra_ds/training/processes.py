@@ -28,7 +28,9 @@ def unname_shared_memory() -> None:
     if not several() or dist.get_backend() != "gloo":
         return
     dist.barrier()  # all have opened all
-    place = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{dist.get_rank()}"
+    place = (
+        f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{dist.get_rank()}"
+    )
     Path("/dev/shm", f"deepspeed_allreduce_buffer_{place}").unlink(missing_ok=True)
 
 

@@ -17,7 +17,7 @@ from sra_ds.config.model import AttentionConfig, CosineRouterConfig
 from sra_ds.data.tokenizer import END_OF_TEXT
 from sra_ds.errors import ConfigError
 from sra_ds.inference.generate import Sampling, next_tokens
-from sra_ds.inference.hf_export import KNOWN, require_known
+from sra_ds.inference.hf.export import KNOWN, require_known
 from sra_ds.inference.load import LoadedRun, load_run
 from sra_ds.storage.run_dir import RunDir
 

@@ -1,4 +1,4 @@
-"""Source files that an exported folder carries with it; see `sra_ds.inference.hf_export`.
+"""A run as a folder for `transformers`: `export` writes it; the model files go with it.
 
-They stand alone: torch and transformers are all they need, and nothing here imports them.
+Those stand alone: torch and transformers are all they need, and nothing here imports them.
 """

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 from sra_ds.config import Recipe
 from sra_ds.config.model import HashRouterConfig
 from sra_ds.errors import ConfigError
-from sra_ds.inference.export_load import Loads, known_loads
-from sra_ds.inference.export_rows import keep_rows, parse_number, parse_place, require_place, routed
-from sra_ds.inference.export_write import renamed, write_run
+from sra_ds.inference.export.loads import Loads, known_loads
+from sra_ds.inference.export.rows import keep_rows, parse_number, parse_place, require_place, routed
+from sra_ds.inference.export.runs import renamed, write_run
 from sra_ds.inference.load import LoadedRun
 
 FEW_TOKENS = 1_000_000

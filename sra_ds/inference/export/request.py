@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sra_ds.errors import ConfigError
-from sra_ds.inference.export import choose_places, export_experts
-from sra_ds.inference.export_prune import prune
-from sra_ds.inference.export_rows import parse_place
-from sra_ds.inference.export_write import merge, transplant
+from sra_ds.inference.export.experts import choose_places, export_experts
+from sra_ds.inference.export.prune import prune
+from sra_ds.inference.export.rows import parse_place
+from sra_ds.inference.export.runs import merge, transplant
 from sra_ds.inference.load import LoadedRun
 
 

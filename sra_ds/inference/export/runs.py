@@ -16,9 +16,9 @@ from typing import Any
 from sra_ds.config import Recipe
 from sra_ds.config.loading import validate
 from sra_ds.errors import ConfigError
-from sra_ds.inference.export import weight_hashes
-from sra_ds.inference.export_card import Exported, find_cards, read_export, require_fit
-from sra_ds.inference.export_rows import Place, State, require_place, routed, row_names, write_rows
+from sra_ds.inference.export.card import Exported, find_cards, read_export, require_fit
+from sra_ds.inference.export.experts import weight_hashes
+from sra_ds.inference.export.rows import Place, State, require_place, routed, row_names, write_rows
 from sra_ds.inference.load import LoadedRun
 from sra_ds.storage.checkpoint import WEIGHTS, Contents, Layout, point_latest_at, save_parts
 from sra_ds.storage.fragments import whole_tensor
