@@ -27,6 +27,7 @@ from sra_ds.errors import ConfigError
 from sra_ds.evaluation.difference import steering_cost
 from sra_ds.evaluation.text import open_text
 from sra_ds.inference.load import LoadedRun
+from sra_ds.inference.places import Place, parse_place, require_place
 from sra_ds.inference.steer import require_fit, save_card
 from sra_ds.storage.run_dir import write_atomically
 
@@ -57,16 +58,6 @@ class Action(NamedTuple):
         return self.edit is not None
 
 
-def parse_expert(text: str) -> tuple[int, int]:
-    """`2:17` as (layer, expert); raises `ConfigError`."""
-    layer, _, expert = text.partition(":")
-    if not (layer.isdecimal() and expert.isdecimal()):
-        raise ConfigError(
-            f"{text!r} names no expert; write layer:expert, both from 0, such as 2:17"
-        )
-    return int(layer), int(expert)
-
-
 def carry_out(
     loaded: LoadedRun, action: str, values: Values, device: torch.device
 ) -> dict[str, Any]:
@@ -78,7 +69,7 @@ def carry_out(
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 0, got {values[name]}")
     if action == "detect":
         return _detect(loaded, values)
-    experts = [parse_expert(text) for text in values["experts"]]
+    experts = [parse_place(text, action) for text in values["experts"]]
     if action == "verify":
         return _verify(loaded, experts, values, device)
     return _make_card(loaded, action, experts, values, device)
@@ -87,7 +78,7 @@ def carry_out(
 def _make_card(
     loaded: LoadedRun,
     action: str,
-    experts: list[tuple[int, int]],
+    experts: list[Place],
     values: Values,
     device: torch.device,
 ) -> dict[str, Any]:
@@ -123,14 +114,11 @@ def _detect(loaded: LoadedRun, values: Values) -> dict[str, Any]:
 
 
 def _verify(
-    loaded: LoadedRun, experts: list[tuple[int, int]], values: Values, device: torch.device
+    loaded: LoadedRun, experts: list[Place], values: Values, device: torch.device
 ) -> dict[str, Any]:
+    for place in experts:
+        require_place(loaded.recipe, place, f"verify {place}")
     trace = _trace(loaded, values, device)
-    for layer, expert in experts:
-        if layer >= trace.layers or expert >= trace.experts:
-            raise ConfigError(
-                f"there is no expert {layer}:{expert}: {trace.layers} layers of {trace.experts}, from 0"
-            )
     targets = choose_targets(trace, experts)
     with open_text(loaded, files=values["text"], max_tokens=values["tokens"]) as text:
         rows = verify(loaded, trace, text.split, targets, values["tokens"])

@@ -28,6 +28,7 @@ from sra_ds.data.shards import TokenSplit
 from sra_ds.data.tokenizer import end_of_text_id
 from sra_ds.errors import DataError
 from sra_ds.inference.load import LoadedRun
+from sra_ds.inference.places import Place
 from sra_ds.inference.steer import steered
 from sra_ds.model.language_model import LanguageModel
 
@@ -59,7 +60,7 @@ class Response(NamedTuple):
     tokens_W: Floats
 
 
-def choose_targets(trace: Trace, experts: Sequence[tuple[int, int]]) -> list[Target]:
+def choose_targets(trace: Trace, experts: Sequence[Place]) -> list[Target]:
     """Top tokens of experts by PMI, each with the token nearest in frequency that is no top token.
     Raises `DataError` for an expert that serves too few."""
     frequency_V = np.bincount(trace.tokens_N, minlength=trace.vocab_size)

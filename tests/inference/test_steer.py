@@ -358,7 +358,7 @@ def test_no_card_is_no_steering(model):
 
 def test_wrong_arguments_of_steer(make_run, call, tmp_path):
     run_dir, out = make_run().path, tmp_path / "c.json"
-    call("steer", "--run", run_dir, "suppress", "0-1", "--out", out).refused("0-1", "layer:expert")
+    call("steer", "--run", run_dir, "suppress", "0-1", "--out", out).refused("0-1", "LAYER:EXPERT")
     call("steer", "--run", run_dir, "suppress", "5:1", "--out", out).refused("2 routed layers")
     call("steer", "--run", run_dir, "boost", "0:1", "--by", "nan", "--out", out).refused("--by")
     call("steer", "--run", run_dir, "scale", "0:1", "--by", "-1", "--out", out).refused("--by")

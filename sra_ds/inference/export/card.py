@@ -17,7 +17,8 @@ from sra_ds.config import Recipe
 from sra_ds.config.base import Part
 from sra_ds.data.tokenizer import file_sha256
 from sra_ds.errors import CheckpointError, ConfigError
-from sra_ds.inference.export.rows import Place, State, has_bias, routed
+from sra_ds.inference.export.rows import State, has_bias
+from sra_ds.inference.places import Place, routed
 from sra_ds.storage.run_dir import write_atomically
 
 PATTERN = "layer*-expert*.json"

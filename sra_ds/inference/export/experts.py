@@ -13,16 +13,9 @@ from sra_ds.config import Recipe
 from sra_ds.data.tokenizer import file_sha256
 from sra_ds.inference.export.card import Card, Load, shape_of, stem_of, write_card, write_tensors
 from sra_ds.inference.export.loads import Loads, known_loads
-from sra_ds.inference.export.rows import (
-    ANCHORS,
-    Place,
-    State,
-    parse_number,
-    read_rows,
-    require_place,
-    routed,
-)
+from sra_ds.inference.export.rows import ANCHORS, State, read_rows
 from sra_ds.inference.load import LoadedRun
+from sra_ds.inference.places import Place, parse_number, require_place, routed
 from sra_ds.storage.checkpoint import WEIGHTS, read_manifest
 from sra_ds.storage.run_dir import RunDir, complete_or_absent
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sra_ds.errors import CheckpointError
-from sra_ds.inference.export.rows import Place, routed
 from sra_ds.inference.load import LoadedRun
+from sra_ds.inference.places import Place, routed
 from sra_ds.metrics import DEAD_SHARE
 from sra_ds.storage.run_dir import read_json_object
 

@@ -12,9 +12,10 @@ from sra_ds.config import Recipe
 from sra_ds.config.model import HashRouterConfig
 from sra_ds.errors import ConfigError
 from sra_ds.inference.export.loads import Loads, known_loads
-from sra_ds.inference.export.rows import keep_rows, parse_number, parse_place, require_place, routed
+from sra_ds.inference.export.rows import keep_rows
 from sra_ds.inference.export.runs import renamed, write_run
 from sra_ds.inference.load import LoadedRun
+from sra_ds.inference.places import parse_number, parse_place, require_place, routed
 
 FEW_TOKENS = 1_000_000
 """Below this a rate of 1e-4 can hardly be told from zero."""

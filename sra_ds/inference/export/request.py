@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 from sra_ds.errors import ConfigError
 from sra_ds.inference.export.experts import choose_places, export_experts
 from sra_ds.inference.export.prune import prune
-from sra_ds.inference.export.rows import parse_place
 from sra_ds.inference.export.runs import merge, transplant
 from sra_ds.inference.load import LoadedRun
+from sra_ds.inference.places import parse_place
 
 
 class Request(NamedTuple):

@@ -9,7 +9,6 @@ share and a shared expert belong to none. Letters: E experts, D width, F hidden 
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,27 +16,10 @@ from torch import Tensor
 from sra_ds.config import Recipe
 from sra_ds.config.model import CosineRouterConfig, GeluConfig, MoEChannelConfig
 from sra_ds.errors import CheckpointError, ConfigError
+from sra_ds.inference.places import Place, routed
 
 State = dict[str, Tensor]
 ANCHORS = "router.anchors"
-
-
-class Place(NamedTuple):
-    """One expert of a model."""
-
-    layer: int
-    expert: int
-
-    def __str__(self) -> str:
-        return f"{self.layer}:{self.expert}"
-
-
-def routed(recipe: Recipe) -> MoEChannelConfig:
-    """The channel of a model with experts; raises `ConfigError` for a dense one."""
-    channel = recipe.model.channel
-    if not isinstance(channel, MoEChannelConfig):
-        raise ConfigError(f"{recipe.name} is a dense model; it has no experts")
-    return channel
 
 
 def row_names(state: State, recipe: Recipe, layer: int) -> dict[str, str]:
@@ -91,30 +73,6 @@ def keep_rows(state: State, recipe: Recipe, kept_LK: list[list[int]]) -> State:
         for name in row_names(state, recipe, layer).values():
             changed[name] = state[name][torch.tensor(kept, device=state[name].device)]
     return changed
-
-
-def require_place(recipe: Recipe, place: Place, where: str) -> None:
-    """Raise `ConfigError` for an expert the model does not have; `where` opens the message."""
-    layers, experts = recipe.model.layers, routed(recipe).experts
-    if place.layer >= layers:
-        raise ConfigError(f"{where}: there is no layer {place.layer} (0 to {layers - 1})")
-    if place.expert >= experts:
-        raise ConfigError(f"{where}: there is no expert {place.expert} (0 to {experts - 1})")
-
-
-def parse_place(text: str, option: str) -> Place:
-    """`2:7` as layer 2, expert 7; raises `ConfigError`."""
-    layer, separator, expert = text.partition(":")
-    if not separator:
-        raise ConfigError(f"{option} {text}: expected LAYER:EXPERT, such as 2:7")
-    return Place(parse_number(layer, f"{option} {text}"), parse_number(expert, f"{option} {text}"))
-
-
-def parse_number(text: str, where: str) -> int:
-    """A number of a layer or expert; raises `ConfigError`."""
-    if not (text.isascii() and text.isdigit() and len(text) < 10):
-        raise ConfigError(f"{where}: {text!r} is not the number of a layer or expert")
-    return int(text)
 
 
 def has_bias(channel: MoEChannelConfig) -> bool:

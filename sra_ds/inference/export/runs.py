@@ -18,8 +18,9 @@ from sra_ds.config.loading import validate
 from sra_ds.errors import ConfigError
 from sra_ds.inference.export.card import Exported, find_cards, read_export, require_fit
 from sra_ds.inference.export.experts import weight_hashes
-from sra_ds.inference.export.rows import Place, State, require_place, routed, row_names, write_rows
+from sra_ds.inference.export.rows import State, row_names, write_rows
 from sra_ds.inference.load import LoadedRun
+from sra_ds.inference.places import Place, require_place, routed
 from sra_ds.storage.checkpoint import WEIGHTS, Contents, Layout, point_latest_at, save_parts
 from sra_ds.storage.fragments import whole_tensor
 from sra_ds.storage.run_dir import RunDir, complete_or_absent
