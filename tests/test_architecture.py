@@ -44,6 +44,7 @@ OWNERS = {
     "triton": {"moe/backends/megablocks.py"},
     "matplotlib": {"analysis/plots.py", "analysis/expert_plots.py"},
     "HanTa": {"analysis/syntax.py"},
+    "umap": {"analysis/anchors.py"},
     "jinja2": {"analysis/report.py"},
     "transformers": {"inference/hf/configuration_sra.py", "inference/hf/modeling_sra.py"},
     "wandb": {"training/logging.py"},

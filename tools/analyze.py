@@ -30,6 +30,7 @@ def main() -> int:
         "--sweep-tokens", type=cli.at_least(0), default=16_384,
         help="for perplexity at other k and with fewer experts; 0: leave these out",
     )  # fmt: skip
+    parser.add_argument("--map", choices=("pca", "umap"), default="pca", help="of the anchors")
     return cli.run(parser.parse_args(), command, show)
 
 

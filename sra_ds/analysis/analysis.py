@@ -53,6 +53,8 @@ class Request(NamedTuple):
     batch_size: int = 16
     sweep_tokens: int = 16_384
     """For the perplexity at other k and with fewer experts; 0: leave these out."""
+    plane: str = "pca"
+    """How anchors and vocabulary are mapped, `pca` or `umap`."""
 
 
 class AnchorMap(NamedTuple):
@@ -61,7 +63,7 @@ class AnchorMap(NamedTuple):
     anchors_E2: NDArray[np.float64]
     tokens_S2: NDArray[np.float64]
     names_S: list[str]
-    variance: float
+    note: str
 
 
 class Analysis(NamedTuple):
@@ -98,6 +100,7 @@ class Analysis(NamedTuple):
 def analyse(loaded: LoadedRun, request: Request, device: torch.device) -> Analysis:
     """Trace the text unless that was done before, and measure everything that applies. Raises
     `DataError` for a dense model."""
+    anchor_space.require_umap(request.plane)
     how = Pass(
         loaded.recipe.data.sequence_length,
         request.batch_size,
@@ -137,7 +140,7 @@ def analyse(loaded: LoadedRun, request: Request, device: torch.device) -> Analys
         "saturation": {str(step): shares for step, shares in settled.items()},
         "sweeps": sweeps,
     }
-    return _measure(loaded, trace, facts)
+    return _measure(loaded, trace, facts, request.plane)
 
 
 def trace_run(loaded: LoadedRun, split: Any, identity: dict[str, Any], how: Pass) -> Trace:
@@ -150,7 +153,7 @@ def trace_run(loaded: LoadedRun, split: Any, identity: dict[str, Any], how: Pass
     return record(loaded.model, split, how, loaded.run.routing / f"trace-{name}", whole)
 
 
-def _measure(loaded: LoadedRun, trace: Trace, facts: dict[str, Any]) -> Analysis:
+def _measure(loaded: LoadedRun, trace: Trace, facts: dict[str, Any], plane: str) -> Analysis:
     words = read_words(trace, loaded.tokenizer)
     labels = label_tokens(trace, words, tag_words(words))
     measures = adjust_over_layers(
@@ -182,15 +185,15 @@ def _measure(loaded: LoadedRun, trace: Trace, facts: dict[str, Any]) -> Analysis
         trace.load_LE,
         trace.pairs_LEE,
         [(space.anchors_ED @ space.anchors_ED.T).numpy() for space in spaces],
-        [_map(space, common, loaded) for space in spaces],
+        [_map(space, common, loaded, plane) for space in spaces],
         spaces,
     )
 
 
-def _map(space: AnchorSpace, common: NDArray[np.int64], loaded: LoadedRun) -> AnchorMap:
-    anchors_E2, tokens_S2, share = anchor_space.principal_plane(space, common)
+def _map(space: AnchorSpace, common: NDArray[np.int64], loaded: LoadedRun, plane: str) -> AnchorMap:
+    anchors_E2, tokens_S2, note = anchor_space.PLANES[plane](space, common)
     names = [loaded.tokenizer.decode([i], skip_special_tokens=False) for i in common.tolist()]
-    return AnchorMap(anchors_E2, tokens_S2, names, share)
+    return AnchorMap(anchors_E2, tokens_S2, names, note)
 
 
 def _checkpoints(loaded: LoadedRun, trace: Trace) -> dict[int, Path]:

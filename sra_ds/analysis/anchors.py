@@ -5,6 +5,7 @@ token is compared with them as that layer's norm of its embedding: what the rout
 any context. Nearest is not the same as routed. Letters: L layers, E experts, D width, V token types.
 """
 
+import importlib.util
 import math
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sra_ds.analysis.statistics import PERMUTATIONS, Floats, Measured, measured
+from sra_ds.errors import BackendUnavailable
 from sra_ds.model.language_model import LanguageModel
 from sra_ds.moe.routers import anchor_rows
 
@@ -109,13 +111,38 @@ GEOMETRY = {
 }
 
 
-def principal_plane(space: AnchorSpace, shown: NDArray[np.int64]) -> tuple[Floats, Floats, float]:
+def principal_plane(space: AnchorSpace, shown: NDArray[np.int64]) -> tuple[Floats, Floats, str]:
     """Anchors (E x 2) and some tokens (S x 2) in the two principal directions of both, each centred on
-    its own mean, and the share of variance the plane holds."""
-    tokens_SD = space.vocabulary_VD[torch.from_numpy(shown)]
-    parts = [part - part.mean(0) for part in (space.anchors_ED, tokens_SD)]
+    its own mean, and what to say of the plane."""
+    parts = _centred(space, shown)
     both = torch.cat([part / part.norm().clamp(min=1e-12) for part in parts])
     _, singular, directions = torch.linalg.svd(both, full_matrices=False)
     share = float(singular[:2].square().sum() / singular.square().sum())
     first, second = ((part @ directions[:2].T).double().numpy() for part in parts)
-    return first, second, share
+    return first, second, f"{share:.0%} of the variance"
+
+
+def neighbour_plane(space: AnchorSpace, shown: NDArray[np.int64]) -> tuple[Floats, Floats, str]:
+    """The same by UMAP (arXiv 1802.03426), by cosine, with a fixed seed: neighbours stay neighbours,
+    distances mean nothing."""
+    import umap  # optional, see require_umap
+
+    both = torch.cat(_centred(space, shown)).numpy()
+    reducer = umap.UMAP(metric="cosine", random_state=SEED, n_jobs=1)
+    plane: Floats = reducer.fit_transform(both).astype(np.float64)
+    experts = len(space.anchors_ED)
+    return plane[:experts], plane[experts:], "UMAP, cosine"
+
+
+PLANES = {"pca": principal_plane, "umap": neighbour_plane}
+
+
+def require_umap(plane: str) -> None:
+    """Raise `BackendUnavailable` if UMAP is wanted and not installed."""
+    if plane == "umap" and importlib.util.find_spec("umap") is None:
+        raise BackendUnavailable("--map umap needs umap-learn: pip install 'sra_ds[analysis]'")
+
+
+def _centred(space: AnchorSpace, shown: NDArray[np.int64]) -> list[Tensor]:
+    tokens_SD = space.vocabulary_VD[torch.from_numpy(shown)]
+    return [part - part.mean(0) for part in (space.anchors_ED, tokens_SD)]

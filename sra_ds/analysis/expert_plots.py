@@ -201,7 +201,7 @@ def _squares(matrices: list[NDArray[Any]], colours: str, low: float, label: str)
 
 
 def _anchor_map(analyses: list[Analysis]) -> Figure | None:
-    """Anchors and the commonest tokens in their two principal directions."""
+    """Anchors and the commonest tokens in a plane."""
     maps = analyses[0].maps
     if not maps:
         return None
@@ -212,7 +212,7 @@ def _anchor_map(analyses: list[Analysis]) -> Figure | None:
         axes.scatter(*one.anchors_E2.T, s=14, marker="^", label="anchors")
         for name, place in list(zip(one.names_S, one.tokens_S2, strict=True))[:MAPPED_NAMES]:
             axes.annotate(name.strip().replace("$", r"\$"), place, fontsize=5)
-        axes.set_title(f"layer {layer}: {one.variance:.0%} of the variance")
+        axes.set_title(f"layer {layer}: {one.note}")
         axes.set_xticks([])
         axes.set_yticks([])
     grid[0, 0].legend(fontsize=7)

@@ -38,8 +38,8 @@ CAPTIONS = {
     "domains": "Where each domain's tokens go.",
     "co_activation": "Which experts serve the same tokens.",
     "anchor_cosines": "Cosines between anchors.",
-    "anchor_map": "Anchors and the commonest tokens, as the router sees them without context, in two "
-    "principal directions, each centred on its mean.",
+    "anchor_map": "Anchors and the commonest tokens, as the router sees them without context, in "
+    "a plane; each of both is centred on its own mean.",
     "saturation": "Share of the final choices that earlier checkpoints had made; the line is chance.",
     "sweeps": "Perplexity with other numbers of experts per token, and with experts suppressed.",
 }
