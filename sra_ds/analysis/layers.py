@@ -16,7 +16,7 @@ from sra_ds.analysis.statistics import (
     with_adjusted_p,
 )
 from sra_ds.analysis.subtokens import neighbours_within_words, subtoken_coherence
-from sra_ds.analysis.syntax import CLASSES, class_of_token
+from sra_ds.analysis.syntax import CLASSES
 from sra_ds.analysis.tables import (
     SEED,
     Routes,
@@ -26,7 +26,7 @@ from sra_ds.analysis.tables import (
     normalised_mutual_information,
 )
 from sra_ds.analysis.traces import Trace
-from sra_ds.analysis.words import Words
+from sra_ds.analysis.words import Words, of_units
 
 Ints = NDArray[np.int64]
 
@@ -50,7 +50,7 @@ class Labels(NamedTuple):
     @property
     def class_N(self) -> NDArray[np.int8]:
         """Part of speech of the word each token belongs to, -1 for none."""
-        return class_of_token(self.classes_M, self.words.unit_of_token_N)
+        return of_units(self.classes_M, self.words.unit_of_token_N)
 
     @property
     def word_unit_N(self) -> NDArray[np.int32]:

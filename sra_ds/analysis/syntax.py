@@ -11,7 +11,7 @@ from HanTa import HanoverTagger
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from sra_ds.analysis.words import NO_UNIT, Words
+from sra_ds.analysis.words import Words
 
 CLASSES = (
     "noun", "name", "verb", "adjective", "adverb", "number",
@@ -57,13 +57,6 @@ def tag_words(words: Words, most: int = SAMPLED_UNITS) -> NDArray[np.int8]:
         sentence.append(unit)
     _tag(tagger, words, sentence, classes_M)
     return classes_M
-
-
-def class_of_token(
-    classes_M: NDArray[np.int8], unit_of_token_N: NDArray[np.int32]
-) -> NDArray[np.int8]:
-    """Class of the unit each token belongs to; -1 for none."""
-    return np.where(unit_of_token_N == NO_UNIT, np.int8(-1), classes_M[unit_of_token_N])
 
 
 def coarse_class(tag: str) -> int:

@@ -99,8 +99,8 @@ class Trace:
 
     @property
     def expert_means(self) -> dict[str, NDArray[np.float64]]:
-        """Per layer and expert: mean gate, score, and lead of the first choice over the second; NaN where
-        the expert was never a choice, or never the first."""
+        """Per layer and expert: mean gate and score, and the mean lead of the best score over the second
+        where it is the first choice; NaN where it is never a choice, or never the first."""
         return {name: self._array(f"{name}_LE") for name in ("gate", "score", "margin")}
 
     @cached_property
@@ -291,10 +291,8 @@ class _Writer:
         assert found.routing.scores_TE is not None
         x_TD = found.x_TD[counted].float()
         ids_TK = found.routing.expert_ids_TK[counted]
-        sums_ED = x_TD.new_zeros(self.experts, x_TD.shape[1])
-        for choice in range(self.top_k):
-            sums_ED.index_add_(0, ids_TK[:, choice], x_TD)
-        self.sums_LED[layer] += sums_ED.double().cpu().numpy()
+        chosen_TE = x_TD.new_zeros(len(x_TD), self.experts).scatter_(1, ids_TK, 1.0)
+        self.sums_LED[layer] += (chosen_TE.T @ x_TD).double().cpu().numpy()
         scores_TE = found.routing.scores_TE[counted]
         chosen_TK = scores_TE.gather(1, ids_TK).double().cpu().numpy()
         best_T2 = scores_TE.topk(min(2, self.experts), 1).values.double().cpu().numpy()

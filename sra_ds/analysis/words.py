@@ -1,14 +1,15 @@
 """The words behind traced tokens: BPE pieces are put together again before anything is said of meaning.
 
 A unit is a word (letters with their accents, digits, inner apostrophes) or one mark of punctuation. A
-token belongs to the unit that holds its first character that is not a space. Letters: N tokens, M units in the order of the
-text, F forms (units as written), W words (lower case).
+token belongs to the unit that holds its first character that is not a space.
+
+Letters: N tokens, M units in the order of the text, F forms (units as written), W words (lower case).
 """
 
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from sra_ds.analysis.traces import Trace
 
 ACCENTS = "".join(c for c in map(chr, range(0x20000)) if unicodedata.category(c)[0] == "M")
-"""Combining characters, which Python's \\w leaves out: they belong to the character before them."""
+"""Combining characters, which Python's `\\w` leaves out: they belong to the character before them."""
 LETTERS = rf"\w[\w{ACCENTS}]*"
 UNIT = re.compile(rf"{LETTERS}(?:['\u2019]{LETTERS})*|[^\w\s][{ACCENTS}]*")
 DOCUMENTS_AT_ONCE = 64
@@ -49,8 +50,12 @@ class Words(NamedTuple):
     @property
     def word_of_token_N(self) -> NDArray[np.int32]:
         """`NO_UNIT` for what is no part of a word."""
-        words_N = self.word_of_unit_M[self.unit_of_token_N]
-        return np.where(self.unit_of_token_N == NO_UNIT, NO_UNIT, words_N)
+        return of_units(self.word_of_unit_M, self.unit_of_token_N)
+
+
+def of_units(values_M: NDArray[Any], unit_of_token_N: NDArray[np.int32]) -> NDArray[Any]:
+    """Each token's value of a property of units; -1 for what is part of none."""
+    return np.append(values_M, values_M.dtype.type(NO_UNIT))[unit_of_token_N]
 
 
 def read_words(trace: Trace, tokenizer: Tokenizer) -> Words:
