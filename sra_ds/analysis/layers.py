@@ -30,6 +30,9 @@ from sra_ds.analysis.words import Words, of_units
 
 Ints = NDArray[np.int64]
 
+NULL_TOKENS = 2**18
+"""With as many, the null's own sampling noise is far below the spread between experts."""
+
 TOKEN_MEASURES = {
     "token_information": normalised_mutual_information,
     "token_divergence": mean_divergence,
@@ -109,9 +112,11 @@ def adjust_over_layers(layers: list[dict[str, Measured]]) -> list[dict[str, Meas
 
 def co_activation(routes: Routes) -> Measured:
     """Mean over experts of the share of its tokens that its most frequent partner serves, too (OLMoE,
-    arXiv 2409.02060). In the null tokens have swapped choices, which keeps the loads."""
+    arXiv 2409.02060). In the null tokens, at most `NULL_TOKENS` of them, have swapped choices, which
+    keeps the loads."""
     rng = np.random.default_rng(SEED)
-    null, swapped_NK = [], routes.experts_NK
+    step = -(-len(routes.experts_NK) // NULL_TOKENS)
+    null, swapped_NK = [], routes.experts_NK[::step]
     for _ in range(PERMUTATIONS):
         swapped_NK = swap_choices(swapped_NK, rng)
         null.append(_strongest_partner(pair_counts(swapped_NK, routes.experts)))

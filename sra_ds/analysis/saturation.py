@@ -18,7 +18,7 @@ from sra_ds.data.shards import TokenSplit
 from sra_ds.inference.load import load_weights_into
 from sra_ds.model.language_model import LanguageModel
 
-SAMPLED_TOKENS = 32_768
+SAMPLED_TOKENS = 16_384
 
 
 @torch.no_grad()

@@ -2,9 +2,10 @@
 
     p           share of the null at least as large, (1 + #) / (1 + R)     (Phipson and Smyth 2010)
     p adjusted  false discovery rate over a family of tests                (Benjamini and Hochberg 1995)
-    interval    basic bootstrap over blocks of documents, 95 %             (Davison and Hinkley 1997)
+    interval    spread of a bootstrap over blocks of documents, 95 %       (Efron and Tibshirani 1993)
 
-The basic interval, 2 value - quantile, because plug-in information is biased upwards in a resample.
+The spread is laid around the value, since a resample holds fewer different documents than the text, and
+plug-in information is larger in it: that shift says nothing of how far the value may lie off.
 """
 
 from collections.abc import Sequence
@@ -49,7 +50,7 @@ def measured(
     value: float, null_R: Floats, resampled_R: Floats, smaller: bool = False, **others: float
 ) -> Measured:
     """A value with what its null and its resamples say; `smaller`: small values are the remarkable."""
-    low, high = basic_interval(value, resampled_R)
+    low, high = bootstrap_interval(value, resampled_R)
     null_R = null_R[np.isfinite(null_R)]
     if not null_R.size or not np.isfinite(value):
         return Measured(value, low=low, high=high, **others)
@@ -70,13 +71,13 @@ def p_value(value: float, null_R: Floats, smaller: bool = False) -> float:
     return (1 + int(beyond.sum())) / (1 + null_R.size)
 
 
-def basic_interval(value: float, resampled_R: Floats) -> tuple[float, float]:
-    """95 % basic bootstrap interval; NaN without resamples."""
+def bootstrap_interval(value: float, resampled_R: Floats) -> tuple[float, float]:
+    """The 95 % range of the resamples about their mean, laid around the value; NaN without resamples."""
     resampled_R = resampled_R[np.isfinite(resampled_R)]
     if not resampled_R.size or not np.isfinite(value):
         return np.nan, np.nan
-    low, high = np.quantile(resampled_R, [0.025, 0.975])
-    return float(2 * value - high), float(2 * value - low)
+    low, high = np.quantile(resampled_R - resampled_R.mean(), [0.025, 0.975])
+    return float(value + low), float(value + high)
 
 
 def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:

@@ -29,7 +29,7 @@ BY_PREFIX = {
 }  # fmt: skip
 SENTENCE_ENDS = frozenset(".!?")
 LONGEST_SENTENCE = 100
-SAMPLED_UNITS = 200_000
+SAMPLED_UNITS = 100_000
 
 
 def tagger_name() -> str:

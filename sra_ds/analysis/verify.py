@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sra_ds.analysis.profiles import TOP_TOKENS, least_routes, readable
-from sra_ds.analysis.statistics import Measured, basic_interval, p_value, resampling_weights
+from sra_ds.analysis.statistics import Measured, bootstrap_interval, p_value, resampling_weights
 from sra_ds.analysis.tables import table_from_counts, top_labels
 from sra_ds.analysis.traces import Trace
 from sra_ds.config.steering import AnyEdit, Boost, Scale, Steering, Suppress
@@ -207,7 +207,7 @@ def _slope(
     slope_W = (high_W - low_W) / distance
     null_R = np.array([float((high - low).mean()) / distance for low, high in null])
     value = float(slope_W.mean())
-    low, high = basic_interval(value, _resampled(slope_W))
+    low, high = bootstrap_interval(value, _resampled(slope_W))
     return Measured(
         value=value,
         chance=0.0,
@@ -224,7 +224,7 @@ def _told(response: Response, neutral: Response, number: int) -> dict[str, float
     tokens = response.tokens_W.sum()
     effect_W = response.effect_WX[:, number]
     value = float(effect_W.mean())
-    low, high = basic_interval(value, _resampled(effect_W))
+    low, high = bootstrap_interval(value, _resampled(effect_W))
     worse = float((response.nll_W - neutral.nll_W).sum() / tokens)
     return {
         "effect": value,

@@ -8,9 +8,9 @@ from scipy.stats import false_discovery_control
 
 from sra_ds.analysis.statistics import (
     Measured,
-    basic_interval,
     benjamini_hochberg,
     block_of_documents,
+    bootstrap_interval,
     measured,
     p_value,
     resampling_weights,
@@ -60,7 +60,7 @@ def test_a_measurement_says_chance_null_and_interval() -> None:
     assert (found.value, found.chance, found.untrained) == (99.5, 49.5, 1.0)
     assert found.null_mean == 49.5 and found.null_95 == pytest.approx(94.05)
     assert found.p == 1 / 101
-    assert (found.low, found.high) == (pytest.approx(99.25), pytest.approx(108.75))
+    assert (found.low, found.high) == (pytest.approx(94.75), pytest.approx(104.25))
     smaller = measured(99.5, null, np.empty(0), smaller=True)
     assert smaller.null_95 == pytest.approx(4.95) and smaller.p == 1.0
     assert math.isnan(smaller.low)
@@ -69,9 +69,9 @@ def test_a_measurement_says_chance_null_and_interval() -> None:
     assert set(untested.as_dict().values()) == {None}
 
 
-def test_the_basic_interval_mirrors_the_quantiles() -> None:
+def test_the_interval_is_the_spread_of_the_resamples_around_the_value() -> None:
     resampled = np.arange(1001.0)
-    assert basic_interval(400.0, resampled) == (pytest.approx(-175), pytest.approx(775))
+    assert bootstrap_interval(400.0, resampled) == (pytest.approx(-75), pytest.approx(875))
 
 
 def test_intervals_cover_the_truth() -> None:
@@ -82,7 +82,7 @@ def test_intervals_cover_the_truth() -> None:
         sizes_B = rng.integers(5, 15, 20)
         sums_B = sizes_B * (3.0 + rng.normal(size=20)) + rng.normal(size=20)
         weights_RB = resampling_weights(20, resamples=200, seed=trial)
-        low, high = basic_interval(
+        low, high = bootstrap_interval(
             sums_B.sum() / sizes_B.sum(), (weights_RB @ sums_B) / (weights_RB @ sizes_B)
         )
         held += low <= 3.0 <= high
