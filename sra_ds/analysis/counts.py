@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-PENDING_PAIRS = 2**21
+PENDING_PAIRS = 2**19
 
 
 class Counts(NamedTuple):
@@ -17,22 +17,25 @@ class Counts(NamedTuple):
 
 
 class PairCounter:
-    """Counts pairs; memory is that of the different pairs and of about two million new ones."""
+    """Counts pairs; memory is that of the different pairs and of half a million new ones, which wait in
+    one place: arrays of every batch would leave holes between them."""
 
     def __init__(self, experts: int) -> None:
         self.experts = experts
         self._keys = np.empty(0, np.int64)
         self._counts = np.empty(0, np.int64)
-        self._pending: list[NDArray[np.int64]] = []
+        self._pending = np.empty(PENDING_PAIRS, np.int64)
         self._waiting = 0
 
     def add(self, rows_T: NDArray[np.int64], experts_TK: NDArray[np.int64]) -> None:
         """Each row of a batch once with each of its K experts."""
         keys = (rows_T[:, None] * self.experts + experts_TK).ravel()
-        self._pending.append(keys)
-        self._waiting += keys.size
-        if self._waiting >= PENDING_PAIRS:
-            self._merge()
+        while keys.size:
+            part, keys = np.split(keys, [len(self._pending) - self._waiting])
+            self._pending[self._waiting : self._waiting + part.size] = part
+            self._waiting += part.size
+            if self._waiting == len(self._pending):
+                self._merge()
 
     def counts(self) -> Counts:
         """Everything added so far."""
@@ -41,10 +44,8 @@ class PairCounter:
         return Counts(rows_P.astype(np.uint32), experts_P.astype(np.uint16), self._counts)
 
     def _merge(self) -> None:
-        keys, counts = np.unique(
-            np.concatenate([np.empty(0, np.int64), *self._pending]), return_counts=True
-        )
-        self._pending, self._waiting = [], 0
+        keys, counts = np.unique(self._pending[: self._waiting], return_counts=True)
+        self._waiting = 0
         merged, place = np.unique(np.concatenate([self._keys, keys]), return_inverse=True)
         both = np.concatenate([self._counts, counts])
         self._keys = merged

@@ -93,7 +93,7 @@ def measure_layer(trace: Trace, layer: int, labels: Labels) -> dict[str, Measure
     if tagged.size:
         named = {"syntax_information": normalised_mutual_information}
         found |= measure(named, class_N[tagged], len(CLASSES), routes.where(tagged))
-    if len(trace.domains) > 1:
+    if np.ptp(labels.domain_N) > 0:
         named = {"domain_information": normalised_mutual_information}
         found |= measure(named, labels.domain_N, len(trace.domains), routes)
     found |= subtoken_coherence(neighbours_within_words(labels.word_unit_N), routes)

@@ -30,6 +30,7 @@ from sra_ds.training.controllers import Controller, Intervention, current_top_k,
 from sra_ds.training.ds_config import BatchPlan
 from sra_ds.training.engine import plain_gradient_norm, set_learning_rate
 from sra_ds.training.engine_state import engine_state
+from sra_ds.training.environment import give_back_freed_memory
 from sra_ds.training.health import NOT_FORWARD, Health, first_non_finite
 from sra_ds.training.logging import RunLog
 from sra_ds.training.processes import from_all, mean_over_ranks
@@ -38,6 +39,10 @@ from sra_ds.training.stop import StopRequest
 
 Validate = Callable[[Any, int, Callable[[], bool]], dict[str, Any] | None]
 """(engine, cap on tokens, stopped) -> summary of the validation split, None if stopped."""
+
+
+GIVE_BACK_EVERY = 20
+"""Steps; a step of `sra-small` is 1 % slower than if it were never done."""
 
 
 class StepFacts(NamedTuple):
@@ -137,6 +142,8 @@ class Trainer:
             for intervention in controller.on_step_end(self.step, facts.routings)
         ]
         self.step += 1
+        if self.step % GIVE_BACK_EVERY == 0:
+            give_back_freed_memory()
         elapsed = time.perf_counter() - start
         self.seconds += elapsed
         self._tell(log, facts, rate, self._tokens_per_step / elapsed, interventions)
