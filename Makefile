@@ -2,6 +2,7 @@
 # make test         install into .venv and run the test suite
 # make lint         formatting, lint and types
 # make megablocks   add MegaBlocks, for model.channel.backend=megablocks
+# make chromium     Debian's, which tests open the reports in
 #
 # TORCH_INDEX_URL points pip at an index of CPU wheels, PYTHON chooses the interpreter.
 
@@ -10,9 +11,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 RECIPE ?= quickstart
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
+AS_ROOT := $(if $(filter-out 0,$(shell id -u)),sudo)
 INDEX := $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 
-.PHONY: train test test-slow test-megablocks lint install megablocks clean
+.PHONY: train test test-slow test-megablocks lint install megablocks chromium clean
 
 train: $(VENV)/installed
 	$(BIN)/deepspeed launch/train.py --deepspeed ds_configs/zero2.json --recipe $(RECIPE)
@@ -56,6 +58,9 @@ $(VENV)/installed-megablocks: $(VENV)/installed
 	echo 'from torch.utils import cpp_extension; cpp_extension.CUDA_HOME = None' > $(VENV)/no-nvcc/sitecustomize.py
 	PYTHONPATH=$(CURDIR)/$(VENV)/no-nvcc $(BIN)/pip install $(INDEX) -c constraints.txt --no-build-isolation --no-deps triton stanford-stk megablocks
 	touch $@
+
+chromium:
+	command -v chromium || { $(AS_ROOT) apt-get update && $(AS_ROOT) apt-get install -y --no-install-recommends chromium; }
 
 clean:
 	rm -rf $(VENV) build *.egg-info
