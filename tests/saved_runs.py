@@ -69,6 +69,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
 
     def act(name: str, *arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")  # else it takes every core, also for later tests
         try:
             code = tool(name).main()
         except SystemExit as error:
