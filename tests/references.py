@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sra_ds.config.model import FeedForwardConfig
+from sra_ds.config.steering import Boost, Pin, Replace, Scale, Steering, Suppress, Towards
 from sra_ds.moe.experts import GroupedExperts, build_feed_forward
 
 
@@ -222,3 +223,19 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], toleranc
             atol=tolerance,
             msg=lambda message, name=name: f"{name}: {message}",
         )
+
+
+EVERY_EDIT = Steering(
+    edits=(
+        Suppress(layer=0, expert=1),
+        Boost(layer=0, expert=2, by=0.5),
+        Pin(layer=1, expert=0),
+        Scale(layer=1, expert=3, by=0.25, renormalise=True),
+        Scale(layer=0, expert=0, by=3.0),
+        Towards(layer=1, expert=2, strength=0.5),
+        Replace(layer=0, expert=3, output=0),
+        Replace(layer=1, expert=1, output="zero"),
+        Replace(layer=1, expert=2, output=tuple(0.1 * n for n in range(32))),
+    )
+)
+"""Every kind of steering, for a model of two layers of four experts and width 32."""
