@@ -114,9 +114,9 @@ def read_parameter(parameter: nn.Parameter) -> Tensor:
 
 
 def plain_gradient_norm(engine: Any) -> float | None:
-    """Norm of the gradients about to be applied, where DeepSpeed will not tell it (stage 0 without
-    clipping); None elsewhere."""
-    if engine.zero_optimization() or engine.gradient_clipping():
+    """Norm of the gradients before they are clipped, where DeepSpeed will not tell it (stage 0); None
+    elsewhere."""
+    if engine.zero_optimization():
         return None
     given = [p for p in engine.module.parameters() if p.grad is not None]
     experts, shared = split_params_into_shared_and_expert_params(given)[::-1]

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from commands import ROOT, TRAIN, call, launch, losses, train
+from commands import ROOT, TRAIN, call, launch, losses, step_lines, train
 
 SGD = ("training.optimizer.kind=sgd", "training.optimizer.learning_rate=0.02", "training.steps=6")
 SHORT = ("evaluation.every=0", "checkpoint.every=0")
@@ -14,6 +14,13 @@ SHORT = ("evaluation.every=0", "checkpoint.every=0")
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_zero_stages_train_alike(finished, stage):
     assert losses(finished(stage)) == pytest.approx(losses(finished(0)), abs=2e-6)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_stages_tell_the_same_gradient_norm(finished, stage):
+    """Before clipping; DeepSpeed tells none at stage 0."""
+    norms = [[line["grad_norm"] for line in step_lines(finished(s))] for s in (0, stage)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3) and min(norms[0]) > 0
 
 
 @pytest.fixture(scope="module")
