@@ -1,7 +1,7 @@
 """Pages as people see them, on a telephone and on a large screen, in light and in dark: in Chromium.
 
-@pytest.mark.parametrize("screen", SCREENS, ids=str)
-def test_page(chromium, screen):
+A `conftest.py` that imports `chromium` makes it a fixture. Then, for every one of `SCREENS`:
+
     with opened(chromium, path, screen) as page:
         check_page(page, figures=3)
 """
@@ -91,7 +91,7 @@ def opened(browser: Browser, path: Path, screen: Screen) -> Iterator[Page]:
     page.goto(path.resolve().as_uri())
     yield page
     context.close()
-    assert not problems
+    assert not problems, problems
 
 
 def check_page(page: Page, figures: int) -> None:
@@ -100,11 +100,14 @@ def check_page(page: Page, figures: int) -> None:
     assert wide <= inner, f"{wide} pixels wide, the window has {inner}"
     text, ground = page.locator("body").evaluate(LUMINANCE)
     lighter, darker = max(text, ground), min(text, ground)
-    assert (lighter + 0.05) / (darker + 0.05) >= CONTRAST
-    assert (ground < 0.5) == page.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")
+    contrast = (lighter + 0.05) / (darker + 0.05)
+    assert contrast >= CONTRAST, f"contrast of {contrast:.1f}"
+    dark = page.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")
+    assert dark == (text > ground), "the page does not follow the colour scheme"
     drawn = page.locator("figure").all()
-    assert len(drawn) == figures
+    assert len(drawn) == figures, f"{len(drawn)} figures"
     for figure in drawn:
-        box = figure.locator("svg").first.bounding_box()
-        assert figure.locator("svg").first.is_visible(), figure.get_attribute("id")
-        assert box is not None and min(box["width"], box["height"]) > 40, figure.get_attribute("id")
+        svg, name = figure.locator("svg").first, figure.get_attribute("id")
+        assert svg.is_visible(), f"{name} cannot be seen"
+        box = svg.bounding_box()
+        assert box is not None and min(box["width"], box["height"]) > 40, f"{name} is too small"

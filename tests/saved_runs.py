@@ -2,12 +2,14 @@
 
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -69,11 +71,13 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
 
     def act(name: str, *arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-        monkeypatch.setenv("OMP_NUM_THREADS", "1")  # else it takes every core, also for later tests
-        try:
-            code = tool(name).main()
-        except SystemExit as error:
-            code = error.code
+        with patch.dict(
+            os.environ, {"OMP_NUM_THREADS": "1"}
+        ):  # what it sets is not for later tests
+            try:
+                code = tool(name).main()
+            except SystemExit as error:
+                code = error.code
         return Result(code, *capfd.readouterr())
 
     return act

@@ -39,12 +39,9 @@ def command(arguments: argparse.Namespace) -> dict[str, Any]:
     prepare_process()
     device, _ = choose_device()
     request = Request(
-        arguments.split,
-        arguments.text,
-        arguments.tokens,
-        arguments.batch_size,
-        arguments.sweep_tokens,
-    )
+        arguments.split, arguments.text, arguments.tokens, arguments.batch_size,
+        arguments.sweep_tokens, arguments.map,
+    )  # fmt: skip
     analyses = [
         analyse(load_run(path, arguments.checkpoint, device), request, device)
         for path in (arguments.run, *arguments.against)
@@ -55,8 +52,12 @@ def command(arguments: argparse.Namespace) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     """The quoted numbers and where the rest is."""
     for run, summary in result["summary"].items():
-        print(f"{run}: {summary['coherent']:.0%} of the experts are more coherent than their null "
-              f"(chance 5 %, untrained router {summary['coherent_untrained']:.0%})")  # fmt: skip
+        own, untrained = (
+            "no share" if share is None else f"{share:.0%}"
+            for share in (summary["coherent"], summary["coherent_untrained"])
+        )
+        print(f"{run}: {own} of the experts are more coherent than their null "
+              f"(chance 5 %, untrained router {untrained})")  # fmt: skip
         cli.show_tree(summary["kinds"], 2)
     print(f"open {result['report']}")
 

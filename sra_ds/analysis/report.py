@@ -6,6 +6,7 @@ The page is one file without network access. Figures are drawn into it as SVG in
 import csv
 import io
 import json
+import math
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -145,11 +146,17 @@ def _summary(analysis: Analysis) -> dict[str, Any]:
     experts = [p for layer in analysis.profiles for p in layer]
     kinds = ("semantic", "syntactic", "mixed", "idle")
     return {
-        "coherent": sum(share.value for share in shares) / len(shares),
-        "coherent_untrained": sum(share.untrained for share in shares) / len(shares),
+        "coherent": _mean([share.value for share in shares]),
+        "coherent_untrained": _mean([share.untrained for share in shares]),
         "subtoken_agreement": [m["subtoken_agreement"].as_dict() for m in analysis.measures],
         "kinds": {kind: sum(p.kind == kind for p in experts) for kind in kinds},
     }
+
+
+def _mean(values: list[float]) -> float | None:
+    """Of what is a number; None if nothing is."""
+    known = [value for value in values if math.isfinite(value)]
+    return sum(known) / len(known) if known else None
 
 
 def _by_measure(analyses: list[Analysis]) -> list[dict[str, Any]]:

@@ -104,4 +104,11 @@ class AnchorDrift:
         self._start = {n: files.read(path) for n, path in paths.items()} if known else None
 
     def _now(self) -> dict[str, Tensor]:
-        return {name: read_parameter(anchors).cpu() for name, anchors in self._anchors.items()}
+        """As the forward pass has them: below ZeRO-3 every process does, and nothing is sent."""
+        return {name: _whole(anchors).cpu() for name, anchors in self._anchors.items()}
+
+
+def _whole(parameter: nn.Parameter) -> Tensor:
+    if hasattr(parameter, "ds_id"):  # ZeRO-3: spread over the processes
+        return read_parameter(parameter)
+    return parameter.detach().float().clone()

@@ -1,6 +1,7 @@
 """tools/analyze.py on tiny runs: what it writes, prints, reads again and refuses."""
 
 import csv
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -139,3 +140,11 @@ def test_what_cannot_be_analysed_is_refused_in_one_line(
     (tmp_path / "empty.txt").write_text("")
     call("analyze", "--run", run.path, "--text", tmp_path / "empty.txt").refused("has no text")
     assert not (run.path / "report.html").exists()
+
+
+def test_a_map_by_umap_is_refused_where_that_is_missing(
+    call: Call, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the work, and with what to install."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    call("analyze", "--run", make_run().path, "--map", "umap").refused("umap-learn", "pip install")

@@ -15,6 +15,7 @@ from sra_ds.analysis.anchors import (
     effective_rank,
     geometry,
     nearest_tokens,
+    neighbour_plane,
     principal_plane,
 )
 from sra_ds.config import Recipe
@@ -113,3 +114,14 @@ def test_the_plane_says_how_much_it_leaves_out() -> None:
     )
     *_, note = principal_plane(AnchorSpace(cross_ED, 5 * cross_ED), np.arange(6))
     assert note == "93% of the variance"
+
+
+def test_neighbours_stay_neighbours_in_the_other_map() -> None:
+    """UMAP of two groups of tokens with an anchor each; the same whenever it is asked for."""
+    directions_2D = torch.eye(16)[:2]
+    tokens_VD = normalize(directions_2D.repeat(20, 1) + 0.05 * torch.randn(40, 16), dim=-1)
+    space = AnchorSpace(directions_2D, tokens_VD)
+    anchors_22, tokens_S2, note = neighbour_plane(space, np.arange(40))
+    distances_2S = np.linalg.norm(anchors_22[:, None] - tokens_S2[None], axis=-1)
+    assert distances_2S.argmin(0).tolist() == [0, 1] * 20 and note.startswith("UMAP")
+    np.testing.assert_array_equal(neighbour_plane(space, np.arange(40))[1], tokens_S2)

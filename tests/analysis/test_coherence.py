@@ -9,10 +9,10 @@ import pytest
 from gensim.corpora import Dictionary
 from gensim.models import CoherenceModel
 
+from sra_ds.analysis import npmi as sra_npmi
 from sra_ds.analysis.npmi import (
     EPS,
     NULL_DRAWS,
-    WINDOW,
     Coherence,
     c_npmi,
     count_windows,
@@ -21,7 +21,7 @@ from sra_ds.analysis.npmi import (
 from sra_ds.analysis.statistics import block_of_documents
 from sra_ds.analysis.words import NO_UNIT, Words
 
-VOCABULARY = 60
+WINDOW, VOCABULARY = 10, 60
 LENGTHS = [1, 2, 3, 9, 10, 11, 12, 40, 130, 0, 63]
 
 
@@ -189,9 +189,14 @@ def test_words_that_meet_stand_out_of_the_null_and_others_do_not() -> None:
     assert 0.4 < p_values.mean() < 0.6
 
 
-def test_the_null_has_the_frequencies_of_the_list() -> None:
+@pytest.mark.parametrize("pool", [2048, 130])
+def test_the_null_has_the_frequencies_of_the_list(
+    pool: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rare words meet less often than chance has it: with them in its null, any list of common words
-    would be coherent. Half of the text is 24 common words, fewer than the null has neighbours."""
+    would be coherent. Half of the text is 24 common words, fewer than the null has neighbours; they
+    are in its pool, too, where that does not hold every word."""
+    monkeypatch.setattr(sra_npmi, "POOL_WORDS", pool)
     rng = np.random.default_rng(5)
     shares = np.repeat([1 / 24, 1 / 600], [24, 600])
     drawn = rng.choice(624, (100, 60), p=shares / shares.sum())

@@ -37,8 +37,13 @@ def test_the_page_says_what_the_analysis_says(chromium: Any, page_path: Any, ana
         assert len(rows) == len(experts) == 16
         for row, expert in zip(rows, experts, strict=True):
             assert row.locator(".tok").all_text_contents() == expert["top_tokens"]
-            assert row.locator("b").text_content() == f"{expert['layer']}:{expert['expert']}"
-        assert any("<" in token for expert in experts for token in expert["top_tokens"])
+            place = f"{expert['layer']}:{expert['expert']}"
+            assert row.locator("b").text_content() == place
+            found = " ".join(expert["top_tokens"]), " ".join(expert["top_words"])
+            searched = " ".join([place, expert["specialisation"], *found])
+            assert row.get_attribute("data-text") == searched
+        tokens = {token for expert in experts for token in expert["top_tokens"]}
+        assert {"<", "&", '"'} <= {character for token in tokens for character in token}
         measures = page.locator(".measure").all()
         assert len(measures) == len(whole["layers"][0]["measures"])
         assert all(measure.locator("li").count() == 4 for measure in measures)
