@@ -148,7 +148,10 @@ def trace_run(loaded: LoadedRun, split: Any, identity: dict[str, Any], how: Pass
     files = read_manifest(loaded.checkpoint)["files"]
     weights = sorted(e["sha256"] for name, e in files.items() if name.startswith("model"))
     top_k = loaded.model.routers()[0].top_k if loaded.model.routers() else 0
-    whole = {"weights": weights, "text": identity, "tokens": how.max_tokens, "top_k": top_k}
+    whole = {
+        "weights": weights, "top_k": top_k,
+        "text": identity, "tokens": how.max_tokens, "length": how.length,
+    }  # fmt: skip
     name = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:12]
     return record(loaded.model, split, how, loaded.run.routing / f"trace-{name}", whole)
 

@@ -46,7 +46,7 @@ def open_text(
         own = {"fingerprint": corpus.fingerprint, "split": split}
         yield Text(corpus.split(split), f"{split} split", own, corpus)
         return
-    stats = {path.name: path.stat() for path in list_files((files,))}
+    stats = {str(path.absolute()): path.stat() for path in list_files((files,))}
     identity = {"files": {name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()}}
     vocab_size = loaded.recipe.data.tokenizer.vocab_size
     with tempfile.TemporaryDirectory() as folder:
