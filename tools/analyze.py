@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sra_ds import cli
-from sra_ds.analysis.analysis import Request, analyse
+from sra_ds.analysis.analysis import Request, analyse, require_routed
 from sra_ds.analysis.report import write_report
 from sra_ds.inference.load import load_run
 from sra_ds.training.environment import choose_device, prepare_process
@@ -42,10 +42,11 @@ def command(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments.split, arguments.text, arguments.tokens, arguments.batch_size,
         arguments.sweep_tokens, arguments.map,
     )  # fmt: skip
-    analyses = [
-        analyse(load_run(path, arguments.checkpoint, device), request, device)
-        for path in (arguments.run, *arguments.against)
-    ]
+    paths = (arguments.run, *arguments.against)
+    runs = [load_run(path, arguments.checkpoint, device) for path in paths]
+    for loaded in runs:  # before minutes are spent on the first
+        require_routed(loaded)
+    analyses = [analyse(loaded, request, device) for loaded in runs]
     return write_report(analyses, arguments.out or arguments.run)
 
 

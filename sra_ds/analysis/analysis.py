@@ -33,6 +33,7 @@ from sra_ds.analysis.syntax import tag_words, tagger_name
 from sra_ds.analysis.traces import Pass, Trace, record
 from sra_ds.analysis.words import read_words
 from sra_ds.data.tokenizer import end_of_text_id
+from sra_ds.errors import DataError
 from sra_ds.evaluation.experts import health
 from sra_ds.evaluation.sweeps import drop_curve, k_sweep
 from sra_ds.evaluation.text import open_text
@@ -97,9 +98,16 @@ class Analysis(NamedTuple):
         return {**self.facts, "layers": layers, "experts": experts}
 
 
+def require_routed(loaded: LoadedRun) -> None:
+    """Raise `DataError` for a dense model."""
+    if not loaded.model.routers():
+        raise DataError(f"{loaded.run.path}: the model has no routed layers; nothing to analyse")
+
+
 def analyse(loaded: LoadedRun, request: Request, device: torch.device) -> Analysis:
     """Trace the text unless that was done before, and measure everything that applies. Raises
     `DataError` for a dense model."""
+    require_routed(loaded)
     anchor_space.require_umap(request.plane)
     how = Pass(
         loaded.recipe.data.sequence_length,

@@ -94,14 +94,16 @@ def _measures(analyses: list[Analysis]) -> Figure | None:
 
 def _coherence(analyses: list[Analysis]) -> Figure | None:
     """C_NPMI of every expert over the 95 % null of its own word frequencies, sorted."""
-    figure, ((axes,),) = _grid(1, 1, 3.2)
+    ranked = {}
     for analysis in analyses:
-        margins = [
-            p.coherence.value - p.coherence.null_95 for layer in analysis.profiles for p in layer
-        ]
-        ranked = np.sort(np.array(margins)[np.isfinite(margins)])[::-1]
-        if ranked.size:
-            axes.plot(np.linspace(0, 1, len(ranked)), ranked, label=analysis.facts["recipe"])
+        measured = (p.coherence for layer in analysis.profiles for p in layer)
+        margins = np.array([one.value - one.null_95 for one in measured])
+        ranked[analysis.facts["recipe"]] = np.sort(margins[np.isfinite(margins)])[::-1]
+    if not any(margins.size for margins in ranked.values()):
+        return None
+    figure, ((axes,),) = _grid(1, 1, 3.2)
+    for name, margins in ranked.items():
+        axes.plot(np.linspace(0, 1, len(margins)), margins, label=name)
     axes.axhline(0.0, color=INK, linewidth=0.8, linestyle="--")
     axes.set_xlabel("share of the experts, most coherent first")
     axes.set_ylabel("C_NPMI less its 95 % null")
