@@ -50,3 +50,14 @@ class PairCounter:
         both = np.concatenate([self._counts, counts])
         self._keys = merged
         self._counts = np.bincount(place, both, len(merged)).astype(np.int64)
+
+
+def pair_counts(experts_NK: NDArray[np.integer], experts: int) -> NDArray[np.int64]:
+    """Tokens two experts serve together, E x E; the diagonal is their load."""
+    counts_EE = np.zeros(experts * experts, np.int64)
+    wide_NK = experts_NK.astype(np.int64)
+    for first in range(wide_NK.shape[1]):
+        for second in range(wide_NK.shape[1]):
+            keys = wide_NK[:, first] * experts + wide_NK[:, second]
+            counts_EE += np.bincount(keys, minlength=experts * experts)
+    return counts_EE.reshape(experts, experts)

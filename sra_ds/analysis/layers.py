@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from sra_ds.analysis.counts import pair_counts
 from sra_ds.analysis.statistics import (
     PERMUTATIONS,
     Measured,
@@ -138,17 +139,6 @@ def swap_choices(experts_NK: NDArray[np.integer], rng: np.random.Generator) -> N
         ours_HK[:, i] = np.where(clash_H, our_H, their_H)
         theirs_HK[:, j] = np.where(clash_H, their_H, our_H)
     return experts_NK
-
-
-def pair_counts(experts_NK: NDArray[np.integer], experts: int) -> Ints:
-    """Tokens two experts serve together, E x E; the diagonal is their load."""
-    counts_EE = np.zeros(experts * experts, np.int64)
-    wide_NK = experts_NK.astype(np.int64)
-    for first in range(wide_NK.shape[1]):
-        for second in range(wide_NK.shape[1]):
-            keys = wide_NK[:, first] * experts + wide_NK[:, second]
-            counts_EE += np.bincount(keys, minlength=experts * experts)
-    return counts_EE.reshape(experts, experts)
 
 
 def _strongest_partner(pairs_EE: Ints) -> float:

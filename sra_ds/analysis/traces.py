@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sra_ds.analysis.counts import Counts, PairCounter
+from sra_ds.analysis.counts import Counts, PairCounter, pair_counts
 from sra_ds.config.model import MoEChannelConfig
 from sra_ds.data.loader import IGNORED, Batch, scoring_batches, scoring_windows
 from sra_ds.data.shards import TokenSplit
@@ -275,9 +275,7 @@ class _Writer:
         self.domain_loads_LGE[layer] += np.bincount(
             keys.ravel(), minlength=shape[0] * shape[1]
         ).reshape(shape)
-        keys = experts_TK[:, :, None] * experts + experts_TK[:, None, :]
-        pairs = np.bincount(keys.ravel(), minlength=experts * experts)
-        self.pairs_LEE[layer] += pairs.reshape(experts, experts)
+        self.pairs_LEE[layer] += pair_counts(experts_TK, experts)
 
     def _sum(
         self,

@@ -1,19 +1,19 @@
 """Conversions: complete or absent, of the checkpoint that was asked for, and no option without effect."""
 
 import importlib.util
-import json
 import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 
 from commands import ROOT
+from saved_runs import Result
 from sra_ds.config import Recipe
 from sra_ds.errors import CheckpointError, ConfigError
 from sra_ds.model.language_model import build_model
@@ -23,21 +23,6 @@ from sra_ds.storage.fragments import whole_tensor
 from sra_ds.storage.run_dir import RunDir, complete_or_absent
 
 LAYOUT = "ep=2,world=2,zero=1"
-
-
-class Result(NamedTuple):
-    """What a command left behind."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def tree(self) -> dict[str, Any]:
-        """Its JSON."""
-        assert self.code == 0, self.err
-        found: dict[str, Any] = json.loads(self.out)
-        return found
 
 
 Convert = Callable[..., Result]
