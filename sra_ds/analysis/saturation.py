@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from sra_ds.analysis.traces import Pass
-from sra_ds.data.loader import IGNORED, scoring_batches, scoring_windows
+from sra_ds.analysis.traces import Pass, traced_batches
+from sra_ds.data.loader import IGNORED
 from sra_ds.data.shards import TokenSplit
 from sra_ds.inference.load import load_weights_into
 from sra_ds.model.language_model import LanguageModel
@@ -24,11 +24,8 @@ SAMPLED_TOKENS = 16_384
 @torch.no_grad()
 def choices(model: LanguageModel, split: TokenSplit, how: Pass) -> NDArray[np.int64]:
     """Experts of each token and layer, N x L x K."""
-    tokens = min(how.max_tokens or split.tokens, split.tokens - 1)
-    windows = scoring_windows(tokens + 1, how.length, how.length)
-    batches = scoring_batches(split, windows, how.length, how.batch_size, how.end_of_text_id)
     chosen = []
-    for batch, _ in batches:
+    for batch, _ in traced_batches(split, how):
         counted_T = (batch.targets_BT != IGNORED).flatten()
         own = batch.to(how.device)
         _, routings, _ = model.encode(own.ids_BT, own.document_ids_BT, own.valid_BT)

@@ -11,7 +11,7 @@ memory-mapped. Letters: N tokens, L routed layers, K experts per token, E expert
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -80,7 +80,7 @@ class Trace:
     @property
     def load_LE(self) -> NDArray[np.int64]:
         """Routes to each expert."""
-        return self._array("load_LE")
+        return self.pairs_LEE.diagonal(axis1=1, axis2=2)
 
     @property
     def pairs_LEE(self) -> NDArray[np.int64]:
@@ -151,6 +151,17 @@ def record(
     return Trace(folder)
 
 
+def traced_tokens(split: TokenSplit, how: Pass) -> int:
+    """Tokens that are routed: each but the last, which predicts nothing, up to the cap."""
+    return min(how.max_tokens or split.tokens, split.tokens - 1)
+
+
+def traced_batches(split: TokenSplit, how: Pass) -> Iterator[tuple[Batch, Tensor]]:
+    """Every such token once as a counted position, with the stream position of its target."""
+    windows = scoring_windows(traced_tokens(split, how) + 1, how.length, how.length)
+    return scoring_batches(split, windows, how.length, how.batch_size, how.end_of_text_id)
+
+
 class Observed(NamedTuple):
     """One routed layer on one batch of T tokens."""
 
@@ -173,7 +184,7 @@ class _Writer:
         self.model, self.split, self.how, self.folder = model, split, how, folder
         self.layers, self.experts = len(model.routers()), channel.experts
         self.top_k = int(model.routers()[0].top_k)
-        self.tokens = min(how.max_tokens or split.tokens, split.tokens - 1)
+        self.tokens = traced_tokens(split, how)
         self.token_dtype = "uint16" if model.vocab_size <= 2**16 else "uint32"
         self.expert_dtype = "uint8" if channel.experts <= 2**8 else "uint16"
         self.documents = split.documents[split.documents["start"] < self.tokens]
@@ -181,7 +192,6 @@ class _Writer:
         self.counters = [PairCounter(channel.experts) for _ in range(self.layers)]
         width, domains = model.config.width, max(len(split.domains), 1)
         per_expert = (self.layers, self.experts)
-        self.load_LE = np.zeros(per_expert, np.int64)
         self.pairs_LEE = np.zeros((*per_expert, self.experts), np.int64)
         self.domain_loads_LGE = np.zeros((self.layers, domains, self.experts), np.int64)
         self.sums_LED = np.zeros((*per_expert, width))
@@ -189,11 +199,7 @@ class _Writer:
 
     def run(self) -> dict[str, Any]:
         """The whole pass; the facts of the manifest."""
-        how = self.how
-        windows = scoring_windows(self.tokens + 1, how.length, how.length)
-        batches = scoring_batches(
-            self.split, windows, how.length, how.batch_size, how.end_of_text_id
-        )
+        how, batches = self.how, traced_batches(self.split, self.how)
         with (
             (self.folder / "tokens.bin").open("wb") as tokens,
             (self.folder / "experts.bin").open("wb") as experts,
@@ -269,7 +275,6 @@ class _Writer:
         self, layer: int, experts_TK: NDArray[np.int64], domain_T: NDArray[np.int64]
     ) -> None:
         experts = self.experts
-        self.load_LE[layer] += np.bincount(experts_TK.ravel(), minlength=experts)
         shape = self.domain_loads_LGE.shape[1:]
         keys = domain_T[:, None] * experts + experts_TK
         self.domain_loads_LGE[layer] += np.bincount(
@@ -306,19 +311,19 @@ class _Writer:
 
     def _save(self) -> None:
         arrays: dict[str, Any] = {}
+        load_LE = self.pairs_LEE.diagonal(axis1=1, axis2=2)
         for layer, counter in enumerate(self.counters):
             for name, values in counter.counts()._asdict().items():
                 arrays[f"tokens{layer}_{name}"] = values
         first_LE = self.sums.pop("first")
         for name, sums_LE in self.sums.items():
-            counts_LE = first_LE if name == "margin" else self.load_LE
+            counts_LE = first_LE if name == "margin" else load_LE
             arrays[f"{name}_LE"] = np.where(counts_LE > 0, sums_LE / counts_LE.clip(min=1), np.nan)
         np.savez(
             self.folder / "counts.npz",
-            load_LE=self.load_LE,
             pairs_LEE=self.pairs_LEE,
             domain_loads_LGE=self.domain_loads_LGE,
-            centroids_LED=(self.sums_LED / self.load_LE.clip(min=1)[..., None]).astype(np.float32),
+            centroids_LED=(self.sums_LED / load_LE.clip(min=1)[..., None]).astype(np.float32),
             documents=self.documents[["start", "domain"]],
             **arrays,
         )
