@@ -69,7 +69,11 @@ def detect(
     if not loaded.model.routers():
         raise DataError(f"{loaded.run.path}: the model has no routed layers; nothing to detect")
     counts_XLE, tokens_X = routes_of_texts(loaded, [*with_it, *without])
-    first_X = np.arange(len(tokens_X)) < len(with_it)
+    return rank(counts_XLE, tokens_X, np.arange(len(tokens_X)) < len(with_it))
+
+
+def rank(counts_XLE: Floats, tokens_X: Floats, first_X: NDArray[np.bool_]) -> list[dict[str, Any]]:
+    """What `detect` says, from the routes of the texts and which of them are of the first set."""
     value_LE = risk_difference(counts_XLE, tokens_X, first_X)
     rng = np.random.default_rng(SEED)
     beyond_LE = np.zeros(value_LE.shape)
