@@ -52,12 +52,12 @@ def command(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> None:
     """The quoted numbers and where the rest is."""
-    for run, summary in result["summary"].items():
+    for summary in result["summary"]:
         own, untrained = (
             "no share" if share is None else f"{share:.0%}"
             for share in (summary["coherent"], summary["coherent_untrained"])
         )
-        print(f"{run}: {own} of the experts are more coherent than their null "
+        print(f"{summary['run']}: {own} of the experts are more coherent than their null "
               f"(chance 5 %, untrained router {untrained})")  # fmt: skip
         cli.show_tree(summary["kinds"], 2)
     print(f"open {result['report']}")

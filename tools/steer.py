@@ -4,6 +4,7 @@ suppress, boost, scale, pin,    write a card for `generate --steer` and `evaluat
 towards, replace                what it costs in perplexity
 detect                          experts that tell two files of texts, one a line, apart
 verify                          dose and response of experts, against 20 others of equal load
+effect                          what a card does to words of your own, and what it costs
 """
 
 import argparse
@@ -53,17 +54,24 @@ def show(result: dict[str, Any]) -> None:
         print(
             f"{where:<7} {row['risk_difference']:+.4f} {interval}  p {row['p_adjusted']:.3f} (adjusted)"
         )
+    for name, one in result.pop("effect", {}).items():
+        change = f"{one['before']:.5f} -> {one['after']:.5f}"
+        print(f"{name:<10} {change}  change {told(one['change'])}")
     for row in result.get("verified", []):
         print(f"{row['layer']}:{row['expert']}  {' '.join(row['tokens'])}")
         for name in ("suppression_slope", "boost_slope"):
-            slope = {key: float("nan") if v is None else v for key, v in row[name].items()}
-            interval = f"[{slope['low']:+.5f}, {slope['high']:+.5f}]"
-            null = f"null {slope['null_95']:.5f}, p {slope['p']:.3f}"
-            print(f"  {name:<18} {slope['value']:+.5f} {interval}  {null}")
+            print(f"  {name:<18} {told(row[name])}")
         for name, one in row["responses"].items():
             cost = f"KL {one['kl']:.6f}  perplexity x {one['perplexity_ratio']:.4f}"
             print(f"  {name:<10} effect {one['effect']:+.5f}  {cost}")
     cli.show_tree(result)
+
+
+def told(change: dict[str, float | None]) -> str:
+    """A change with its interval and null."""
+    one = {name: float("nan") if value is None else value for name, value in change.items()}
+    interval = f"[{one['low']:+.5f}, {one['high']:+.5f}]"
+    return f"{one['value']:+.5f} {interval}  null {one['null_95']:.5f}, p {one['p']:.3f}"
 
 
 if __name__ == "__main__":

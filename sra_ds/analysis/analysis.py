@@ -21,6 +21,7 @@ from sra_ds.analysis.layers import adjust_over_layers, label_tokens, measure_lay
 from sra_ds.analysis.npmi import TOP_WORDS, WINDOW
 from sra_ds.analysis.profiles import (
     Profile,
+    coherence_over_untrained,
     layer_tables,
     least_routes,
     measure_coherence,
@@ -167,9 +168,7 @@ def trace_run(loaded: LoadedRun, split: Any, identity: dict[str, Any], how: Pass
 def _measure(loaded: LoadedRun, trace: Trace, facts: dict[str, Any], plane: str) -> Analysis:
     words = read_words(trace, loaded.tokenizer)
     labels = label_tokens(trace, words, tag_words(words))
-    measures = adjust_over_layers(
-        [measure_layer(trace, layer, labels) for layer in range(trace.layers)]
-    )
+    measures = [measure_layer(trace, layer, labels) for layer in range(trace.layers)]
     tables = [
         layer_tables(trace, labels, np.asarray(trace.experts_NLK[:, layer]), layer)
         for layer in range(trace.layers)
@@ -185,12 +184,14 @@ def _measure(loaded: LoadedRun, trace: Trace, facts: dict[str, Any], plane: str)
                 trace, layer, tables[layer], named, coherences[layer], space, loaded.tokenizer
             )
         )
-        measures[layer]["coherent_share"] = share_above_null(coherences[layer], twins[layer])
+        own_and_twins = coherences[layer], twins[layer]
+        measures[layer]["coherent_share"] = share_above_null(*own_and_twins)
+        measures[layer]["coherence_over_untrained"] = coherence_over_untrained(*own_and_twins)
     common = np.argsort(-np.bincount(trace.tokens_N, minlength=trace.vocab_size), kind="stable")
     common = common[common < loaded.tokenizer.get_vocab_size()][:MAP_TOKENS]
     return Analysis(
         facts,
-        measures,
+        adjust_over_layers(measures),
         [anchor_space.geometry(space.anchors_ED) for space in spaces],
         profiles,
         trace.load_LE,

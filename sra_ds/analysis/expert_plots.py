@@ -77,7 +77,7 @@ def _measures(analyses: list[Analysis]) -> Figure | None:
             values = np.array([one.value for _, one in found])
             errors = np.array([[one.value - one.low, one.high - one.value] for _, one in found]).T
             errors = np.nan_to_num(errors).clip(min=0)
-            axes.errorbar(at, values, errors, fmt="o", ms=4, label=analysis.facts["recipe"])
+            axes.errorbar(at, values, errors, fmt="o", ms=4, label=analysis.facts["label"])
             if number == 0:
                 axes.plot(
                     at, [one.null_95 for _, one in found], "_", ms=12, color=INK, label="null, 95 %"
@@ -98,7 +98,7 @@ def _coherence(analyses: list[Analysis]) -> Figure | None:
     for analysis in analyses:
         measured = (p.coherence for layer in analysis.profiles for p in layer)
         margins = np.array([one.value - one.null_95 for one in measured])
-        ranked[analysis.facts["recipe"]] = np.sort(margins[np.isfinite(margins)])[::-1]
+        ranked[analysis.facts["label"]] = np.sort(margins[np.isfinite(margins)])[::-1]
     if not any(margins.size for margins in ranked.values()):
         return None
     figure, ((axes,),) = _grid(1, 1, 3.2)
@@ -119,7 +119,7 @@ def _load(analyses: list[Analysis]) -> Figure | None:
         for analysis in analyses:
             load_E = analysis.load_LE[layer]
             axes.plot(
-                np.sort(load_E)[::-1] / max(load_E.mean(), 1e-9), label=analysis.facts["recipe"]
+                np.sort(load_E)[::-1] / max(load_E.mean(), 1e-9), label=analysis.facts["label"]
             )
         axes.axhline(1.0, color=INK, linewidth=0.7, linestyle="--")
         axes.set_title(f"layer {layer}")
@@ -231,7 +231,7 @@ def _saturation(analyses: list[Analysis]) -> Figure | None:
         settled = analysis.facts["saturation"]
         steps = [int(step) for step in settled]
         for layer, shares in enumerate(np.array(list(settled.values())).T):
-            label = f"{analysis.facts['recipe']}, layer {layer}"
+            label = f"{analysis.facts['label']}, layer {layer}"
             axes.plot(steps, shares, line, marker=".", color=f"C{layer}", label=label)
     axes.axhline(
         analyses[0].facts["top_k"] / analyses[0].load_LE.shape[1],
@@ -252,7 +252,7 @@ def _sweeps(analyses: list[Analysis]) -> Figure | None:
         return None
     figure, ((by_k, by_drop),) = _grid(1, 2, 3.0)
     for number, analysis in enumerate(swept):
-        rows, name = analysis.facts["sweeps"]["k"], analysis.facts["recipe"]
+        rows, name = analysis.facts["sweeps"]["k"], analysis.facts["label"]
         by_k.plot([r["k"] for r in rows], [r["token_perplexity"] for r in rows], "o-", label=name)
         for first, line in (("least", "-"), ("most", ":")):
             rows = [r for r in analysis.facts["sweeps"]["dropped"] if r["first"] == first]

@@ -83,7 +83,7 @@ def routes_of(trace: Trace, layer: int, labels: Labels) -> Routes:
 
 
 def measure_layer(trace: Trace, layer: int, labels: Labels) -> dict[str, Measured]:
-    """Every measure of one layer that applies; p is not adjusted yet."""
+    """Every measure of one layer that needs no words; p is not adjusted yet."""
     routes = routes_of(trace, layer, labels)
     found = measure(TOKEN_MEASURES, trace.tokens_N, trace.vocab_size, routes)
     share_E = trace.load_LE[layer] / trace.load_LE[layer].sum()

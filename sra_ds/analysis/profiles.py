@@ -8,15 +8,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
+from scipy.stats import binomtest, mannwhitneyu
 from tokenizers import Tokenizer
 
 from sra_ds.analysis.anchors import AnchorSpace, nearest_tokens
 from sra_ds.analysis.layers import Labels
 from sra_ds.analysis.npmi import TOP_WORDS, Coherence
-from sra_ds.analysis.statistics import Measured, with_adjusted_p
+from sra_ds.analysis.statistics import RESAMPLES, Measured, with_adjusted_p
 from sra_ds.analysis.syntax import CLASSES, FUNCTION_CLASSES
 from sra_ds.analysis.tables import (
+    SEED,
     Table,
     expert_label_share_E,
     make_table,
@@ -143,6 +144,27 @@ def share_above_null(coherences: list[Measured], twins: list[Measured]) -> Measu
         low=float(interval.low),
         high=float(interval.high),
         p=float(result.pvalue),
+    )
+
+
+def coherence_over_untrained(coherences: list[Measured], twins: list[Measured]) -> Measured:
+    """Probability that an expert's words are more coherent than those of an expert of the untrained
+    router on the same vectors (ties half); chance is 1/2, p that of Mann and Whitney's test, the
+    interval resamples the experts of both."""
+    own = np.array([one.value for one in coherences if np.isfinite(one.value)])
+    other = np.array([one.value for one in twins if np.isfinite(one.value)])
+    if not own.size or not other.size:
+        return Measured(float("nan"), chance=0.5)
+    wins = (own[:, None] > other) + 0.5 * (own[:, None] == other)
+    rng = np.random.default_rng(SEED)
+    resampled = [
+        wins[rng.integers(own.size, size=own.size)][:, rng.integers(other.size, size=other.size)]
+        for _ in range(RESAMPLES)
+    ]
+    low, high = np.quantile([part.mean() for part in resampled], [0.025, 0.975])
+    test = mannwhitneyu(own, other, alternative="greater")
+    return Measured(
+        float(wins.mean()), chance=0.5, low=float(low), high=float(high), p=float(test.pvalue)
     )
 
 

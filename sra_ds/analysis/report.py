@@ -29,6 +29,8 @@ MEANINGS = {
     "subtoken_overlap": "Jaccard overlap of their choices",
     "co_activation": "share of an expert's tokens that its usual partner serves, too",
     "coherent_share": "experts whose words are more coherent than their 95 % null",
+    "coherence_over_untrained": "how often an expert's words are more coherent than those of an expert "
+    "of the untrained router",
 }
 CAPTIONS = {
     "measures": "Every measure by layer; bars are 95 % intervals.",
@@ -54,6 +56,7 @@ COLUMNS = (
 def write_report(analyses: list[Analysis], out: Path) -> dict[str, Any]:
     """Write everything on the first analysis, the others beside it; returns the paths and a summary."""
     out.mkdir(parents=True, exist_ok=True)
+    analyses = labelled(analyses)
     figures = draw_analysis(analyses, out / "figures")
     first = analyses[0].as_dict()
     whole = {**first, "against": [other.as_dict() for other in analyses[1:]]}
@@ -65,8 +68,22 @@ def write_report(analyses: list[Analysis], out: Path) -> dict[str, Any]:
         "experts": str(out / "experts.csv"),
         "analysis": str(out / "analysis.json"),
         "figures": [str(path) for path in figures.values()],
-        "summary": {a.facts["run"]: _summary(a) for a in analyses},
+        "summary": [{"run": a.facts["run"], **_summary(a)} for a in analyses],
     }
+
+
+def labelled(analyses: list[Analysis]) -> list[Analysis]:
+    """Analyses with a `label` that tells them apart on a page: the recipe, the run, or a number."""
+    for key in ("recipe", "run"):
+        names = [analysis.facts[key] for analysis in analyses]
+        if len(set(names)) == len(names):
+            break
+    else:
+        names = [f"{name} ({number})" for number, name in enumerate(names, 1)]
+    return [
+        a._replace(facts={**a.facts, "label": name})
+        for a, name in zip(analyses, names, strict=True)
+    ]
 
 
 def experts_csv(analyses: list[Analysis]) -> str:
@@ -74,7 +91,7 @@ def experts_csv(analyses: list[Analysis]) -> str:
     stream = io.StringIO(newline="")
     measured = ("value", "null_mean", "null_95", "low", "high", "p", "p_adjusted")
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["run", *COLUMNS, *(f"coherence_{name}" for name in measured)])
+    writer.writerow(["label", "run", *COLUMNS, *(f"coherence_{name}" for name in measured)])
     for analysis in analyses:
         for profile in (p for layer in analysis.profiles for p in layer):
             values = profile.as_dict()
@@ -82,7 +99,8 @@ def experts_csv(analyses: list[Analysis]) -> str:
                 " ".join(v) if isinstance(v, list) else v for v in (values[c] for c in COLUMNS)
             ]
             coherence = [values["coherence"][name] for name in measured]
-            writer.writerow([analysis.facts["run"], *cells, *coherence])
+            whose = [analysis.facts[name] for name in ("label", "run")]
+            writer.writerow([*whose, *cells, *coherence])
     return stream.getvalue()
 
 
@@ -143,11 +161,13 @@ def inline_svg(text: str) -> str:
 def _summary(analysis: Analysis) -> dict[str, Any]:
     """The few numbers people quote, over all layers."""
     shares = [layer["coherent_share"] for layer in analysis.measures]
+    over = [layer["coherence_over_untrained"] for layer in analysis.measures]
     experts = [p for layer in analysis.profiles for p in layer]
     kinds = ("semantic", "syntactic", "mixed", "idle")
     return {
         "coherent": _mean([share.value for share in shares]),
         "coherent_untrained": _mean([share.untrained for share in shares]),
+        "coherence_over_untrained": [one.as_dict() for one in over],
         "subtoken_agreement": [m["subtoken_agreement"].as_dict() for m in analysis.measures],
         "kinds": {kind: sum(p.kind == kind for p in experts) for kind in kinds},
     }
@@ -166,7 +186,7 @@ def _by_measure(analyses: list[Analysis]) -> list[dict[str, Any]]:
             "title": name.replace("_", " "),
             "meaning": MEANINGS[name],
             "rows": [
-                {"where": f"{a.facts['recipe']} {layer}", **measures[name].as_dict()}
+                {"where": f"{a.facts['label']} {layer}", **measures[name].as_dict()}
                 for a in analyses
                 for layer, measures in enumerate(a.measures)
                 if name in measures

@@ -30,7 +30,8 @@ class Measured(NamedTuple):
     """Expected if experts were chosen independently of everything."""
     null_mean: float = np.nan
     null_95: float = np.nan
-    """95th percentile of the null, or its 5th where small values are remarkable."""
+    """95th percentile of the null, its 5th where small values are remarkable; of a change that of its
+    absolute values."""
     untrained: float = np.nan
     """The same measure of a router with initial weights on the same vectors."""
     low: float = np.nan
@@ -62,6 +63,22 @@ def measured(
         high=high,
         p=p_value(value, null_R, smaller),
         **others,
+    )
+
+
+def measured_change(change_U: Floats, null_R: Floats) -> Measured:
+    """The mean of paired changes of U units (windows, prompts), with the interval over them; p is
+    two-sided, against mean changes that had another cause."""
+    value = float(change_U.mean())
+    resampled_R = resampling_weights(len(change_U)) @ change_U / len(change_U)
+    low, high = bootstrap_interval(value, resampled_R)
+    found = Measured(value, chance=0.0, low=low, high=high)
+    if not null_R.size:
+        return found
+    return found._replace(
+        null_mean=float(null_R.mean()),
+        null_95=float(np.quantile(np.abs(null_R), 0.95)),
+        p=p_value(abs(value), np.abs(null_R)),
     )
 
 

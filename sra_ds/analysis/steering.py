@@ -1,4 +1,4 @@
-"""What `tools/steer.py` does: cards made and priced, experts detected, steering verified."""
+"""What `tools/steer.py` does: cards made and priced, experts detected, steering and cards verified."""
 
 import json
 from collections.abc import Callable
@@ -10,6 +10,13 @@ from pydantic import ValidationError
 
 from sra_ds.analysis.analysis import trace_run
 from sra_ds.analysis.detect import detect, read_texts
+from sra_ds.analysis.effect import (
+    WordSets,
+    effect,
+    neutral_batches,
+    prompt_batches,
+    word_tokens,
+)
 from sra_ds.analysis.traces import Pass, Trace
 from sra_ds.analysis.verify import choose_targets, verify
 from sra_ds.config.steering import (
@@ -28,7 +35,7 @@ from sra_ds.evaluation.difference import steering_cost
 from sra_ds.evaluation.text import open_text
 from sra_ds.inference.load import LoadedRun
 from sra_ds.inference.places import Place, parse_place, require_place
-from sra_ds.inference.steer import require_fit, save_card
+from sra_ds.inference.steer import load_card, require_fit, save_card
 from sra_ds.storage.run_dir import write_atomically
 
 BATCH_SIZE = 16
@@ -40,8 +47,13 @@ MEASURE = {
 }  # fmt: skip
 TRACE = {
     "--text": {"type": Path, "help": "a file or folder instead of the validation split"},
-    "--trace-tokens": {"type": int, "default": 200_000, "help": "tokens that characterise experts"},
+    "--trace-tokens": {
+        "type": int,
+        "default": 200_000,
+        "help": "that characterise experts; 0: all",
+    },
 }
+LEAST = {"measure_tokens": 0, "trace_tokens": 0, "tokens": 1, "top": 0}
 Values = dict[str, Any]
 
 
@@ -64,11 +76,14 @@ def carry_out(
     """One subcommand with its arguments by name; what it found."""
     if not loaded.model.routers():
         raise ConfigError(f"{loaded.run.path}: the model has no routed layers; nothing to steer")
-    for name in ("measure_tokens", "trace_tokens", "tokens", "top"):
-        if values.get(name, 0) < 0:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least 0, got {values[name]}")
+    for name, least in LEAST.items():
+        if values.get(name, least) < least:
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{option} must be at least {least}, got {values[name]}")
     if action == "detect":
         return _detect(loaded, values)
+    if action == "effect":
+        return _effect(loaded, values, device)
     experts = [parse_place(text, action) for text in values["experts"]]
     if action == "verify":
         return _verify(loaded, experts, values, device)
@@ -126,6 +141,29 @@ def _verify(
     if values["out"] is not None:
         write_atomically(values["out"], json.dumps(result, indent=1))
     return result
+
+
+def _effect(loaded: LoadedRun, values: Values, device: torch.device) -> dict[str, Any]:
+    steering = load_card(values["card"])
+    require_fit(loaded.model, steering)
+    words = WordSets(*(word_tokens(loaded.tokenizer, values[n]) for n in ("words", "against")))
+    both = sorted(set(words.own_S) & set(words.others_S))
+    if both:
+        raise ConfigError(f"{loaded.tokenizer.decode(both)!r} is in --words and in --against")
+    trace = _trace(loaded, values, device)
+    with open_text(loaded, files=values["text"], max_tokens=values["tokens"]) as text:
+        if values["prompts"] is None:
+            batches = neutral_batches(loaded, text.split, values["tokens"])
+        else:
+            batches = prompt_batches(loaded, read_texts(values["prompts"]))
+        found = effect(loaded, steering, batches, words, trace)
+        cost = steering_cost(loaded, steering, text.split, values["tokens"], device)
+    return {
+        "name": steering.name,
+        "units": sum(len(batch.ids_BT) for batch in batches),
+        "effect": {name: one.as_dict() for name, one in found.items()},
+        "cost": cost,
+    }
 
 
 def _trace(loaded: LoadedRun, values: Values, device: torch.device) -> Trace:
@@ -199,5 +237,22 @@ ACTIONS = {
             "--out": {"type": Path, "metavar": "JSON", "help": "also write it to a file"},
             **TRACE,
         },
+    ),
+    "effect": Action(
+        "what a card does to words, at the end of prompts or all over neutral text",
+        {
+            "card": {"type": Path, "metavar": "CARD", "help": "a steering card"},
+            "--words": {
+                "nargs": "+",
+                "required": True,
+                "metavar": "WORD",
+                "help": "one token each",
+            },
+            "--against": {"nargs": "+", "default": [], "metavar": "WORD", "help": "other words"},
+            "--prompts": {"type": Path, "metavar": "FILE", "help": "one a line; default: all text"},
+            "--tokens": {"type": int, "default": 16_384, "help": "of text, for effect and cost"},
+            **TRACE,
+        },
+        names_experts=False,
     ),
 }

@@ -18,25 +18,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from sra_ds.analysis.effect import NULL_EXPERTS, log_probs, nearest_in_load, neutral_batches
 from sra_ds.analysis.profiles import TOP_TOKENS, least_routes, readable
-from sra_ds.analysis.statistics import Measured, bootstrap_interval, p_value, resampling_weights
+from sra_ds.analysis.statistics import Measured, measured_change
 from sra_ds.analysis.tables import table_from_counts, top_labels
 from sra_ds.analysis.traces import Trace
 from sra_ds.config.steering import AnyEdit, Boost, Scale, Steering, Suppress
-from sra_ds.data.loader import IGNORED, Batch, scoring_batches, scoring_windows
+from sra_ds.data.loader import IGNORED, Batch
 from sra_ds.data.shards import TokenSplit
-from sra_ds.data.tokenizer import end_of_text_id
 from sra_ds.errors import DataError
 from sra_ds.inference.load import LoadedRun
 from sra_ds.inference.places import Place
 from sra_ds.inference.steer import steered
-from sra_ds.model.language_model import LanguageModel
 
 DOSES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 BOOSTS = (1.0, 2.0)
 """In units of scores."""
-NULL_EXPERTS = 20
-WINDOWS_AT_ONCE = 4
 
 Floats = NDArray[np.float64]
 
@@ -90,11 +87,7 @@ class Verifier:
         self, loaded: LoadedRun, split: TokenSplit, targets: list[Target], max_tokens: int
     ) -> None:
         self.loaded, self.targets = loaded, targets
-        length, end = loaded.recipe.data.sequence_length, end_of_text_id(loaded.tokenizer)
-        tokens = min(max_tokens, split.tokens - 1)
-        windows = scoring_windows(tokens + 1, length, length)
-        batches = scoring_batches(split, windows, length, WINDOWS_AT_ONCE, end)
-        self.batches = [batch for batch, _ in batches]
+        self.batches = neutral_batches(loaded, split, max_tokens)
         self.base = [log_probs(loaded.model, batch) for batch in self.batches]
         self.neutral = self._respond()
 
@@ -126,16 +119,6 @@ class Verifier:
         return Response(
             effect_WX, _window_sums(kl_BT, counted_BT), _window_sums(nll_BT, counted_BT), tokens_W
         )
-
-
-@torch.no_grad()
-def log_probs(model: LanguageModel, batch: Batch) -> Tensor:
-    """B x T x V, of a batch of windows."""
-    own = batch.to(next(model.parameters()).device)
-    logits_BTV = model(own.ids_BT, None, own.document_ids_BT, own.valid_BT).logits
-    assert logits_BTV is not None
-    log_probs_BTV: Tensor = logits_BTV.log_softmax(-1)
-    return log_probs_BTV
 
 
 def verify(
@@ -183,9 +166,7 @@ SLOPES = (
 
 def null_experts(trace: Trace, target: Target) -> list[int]:
     """The experts of the target's layer nearest to it in load, without the target."""
-    load_E = trace.load_LE[target.layer]
-    order = np.argsort(np.abs(load_E - load_E[target.expert]), kind="stable")
-    return [int(e) for e in order if e != target.expert and load_E[e] > 0][:NULL_EXPERTS]
+    return nearest_in_load(trace, target.layer, target.expert)[:NULL_EXPERTS]
 
 
 def _null_responses(
@@ -203,43 +184,24 @@ def _null_responses(
 def _slope(
     low_W: Floats, high_W: Floats, distance: float, null: list[tuple[Floats, Floats]]
 ) -> Measured:
-    """Change of the response per unit of gate; p is two-sided, against the null experts' slopes."""
-    slope_W = (high_W - low_W) / distance
+    """Change of the response per unit of gate, beside the null experts' slopes."""
     null_R = np.array([float((high - low).mean()) / distance for low, high in null])
-    value = float(slope_W.mean())
-    low, high = bootstrap_interval(value, _resampled(slope_W))
-    return Measured(
-        value=value,
-        chance=0.0,
-        null_mean=float(null_R.mean()) if null_R.size else np.nan,
-        null_95=float(np.quantile(np.abs(null_R), 0.95)) if null_R.size else np.nan,
-        low=low,
-        high=high,
-        p=p_value(abs(value), np.abs(null_R)) if null_R.size else np.nan,
-    )
+    return measured_change((high_W - low_W) / distance, null_R)
 
 
 def _told(response: Response, neutral: Response, number: int) -> dict[str, float]:
     """Response with its interval, and what it cost."""
     tokens = response.tokens_W.sum()
-    effect_W = response.effect_WX[:, number]
-    value = float(effect_W.mean())
-    low, high = bootstrap_interval(value, _resampled(effect_W))
+    effect = measured_change(response.effect_WX[:, number], np.empty(0))
     worse = float((response.nll_W - neutral.nll_W).sum() / tokens)
     return {
-        "effect": value,
-        "low": low,
-        "high": high,
+        "effect": effect.value,
+        "low": effect.low,
+        "high": effect.high,
         "kl": float(response.kl_W.sum() / tokens),
         "worse_by_nats_per_token": worse,
         "perplexity_ratio": float(np.exp(worse)),
     }
-
-
-def _resampled(values_W: Floats) -> Floats:
-    """Means of resampled windows."""
-    means_R: Floats = resampling_weights(len(values_W)) @ values_W / len(values_W)
-    return means_R
 
 
 def _set_change(now_BTV: Tensor, base_BTV: Tensor, tokens_S: list[int]) -> Tensor:

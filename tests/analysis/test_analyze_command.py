@@ -44,8 +44,8 @@ def test_standard_output_is_one_json_object_and_names_the_files(analysed: Any) -
         "measures", "coherence", "load", "syntax", "co_activation", "anchor_cosines", "anchor_map",
         "sweeps",
     }  # fmt: skip
-    assert list(printed["summary"]) == ["moe-cosine", "moe-linear"]
-    for summary in printed["summary"].values():
+    assert [one["run"] for one in printed["summary"]] == ["moe-cosine", "moe-linear"]
+    for summary in printed["summary"]:
         assert sum(summary["kinds"].values()) == LAYERS * EXPERTS
 
 
@@ -119,7 +119,7 @@ def test_a_text_too_short_for_anything_has_no_values_and_no_nan(
     run = make_run()
     result = call("analyze", "--run", run.path, "--sweep-tokens", 0, "--tokens", tokens, "--json")
     assert result.code == 0, result.err
-    assert strict_json(result.out)["summary"]["run"]["coherent"] is None
+    assert strict_json(result.out)["summary"][0]["coherent"] is None
     whole = strict_json((run.path / "analysis.json").read_text())
     assert whole["tokens"] == tokens
     assert "nan" not in (run.path / "report.html").read_text().split("<h2>Figures")[0]

@@ -176,10 +176,11 @@ def test_an_untrained_router_has_no_specialists(
 ) -> None:
     """Models with initial weights on the same text: as many experts above the 95 % null as chance has
     it, and none that is semantic."""
-    above, tested, kinds = 0, 0, set()
+    above, tested, kinds, over = 0, 0, set(), []
     for seed in range(SEEDS):
         recipe = make_recipe(seed + 1, layers=2)
         found = analysed(build_model(recipe), recipe, corpus, tmp_path / str(seed))
+        over += [layer["coherence_over_untrained"] for layer in found.measures]
         for profile in (p for layer in found.profiles for p in layer):
             kinds.add(profile.kind)
             if np.isfinite(profile.coherence.p):
@@ -188,3 +189,5 @@ def test_an_untrained_router_has_no_specialists(
     assert tested > 0.8 * SEEDS * 2 * EXPERTS
     assert binomtest(above, tested, 0.05, alternative="greater").pvalue > 0.05
     assert "semantic" not in kinds
+    assert min(one.p_adjusted for one in over) > 0.05
+    assert abs(np.mean([one.value for one in over]) - 0.5) < 0.15

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from sra_ds.analysis.effect import log_probs
 from sra_ds.analysis.traces import Pass, record
 from sra_ds.analysis.verify import (
     DOSES,
     Target,
     Verifier,
     choose_targets,
-    log_probs,
     null_experts,
     verify,
 )

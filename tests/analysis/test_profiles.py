@@ -1,0 +1,34 @@
+"""Shares and comparisons of the coherences of a layer's experts, against closed forms."""
+
+import numpy as np
+import pytest
+from scipy.stats import binom
+
+from sra_ds.analysis.profiles import coherence_over_untrained, share_above_null
+from sra_ds.analysis.statistics import Measured
+
+NAN = float("nan")
+
+
+def coherences(values: list[float], null_95: float = 0.0) -> list[Measured]:
+    return [Measured(value, null_95=null_95, p=0.5) for value in values]
+
+
+def test_the_share_above_the_null_is_a_binomial_count() -> None:
+    found = share_above_null(coherences([1.0] * 3 + [-1.0] * 17), coherences([-1.0, 1.0]))
+    assert (found.value, found.untrained, found.chance) == (0.15, 0.5, 0.05)
+    assert found.p == pytest.approx(binom.sf(2, 20, 0.05))
+    assert np.isnan(share_above_null([Measured(NAN)], []).value)
+
+
+def test_experts_that_all_win_are_certainly_more_coherent() -> None:
+    found = coherence_over_untrained(coherences([3.0, 4.0, 5.0, NAN]), coherences([0.0, 1.0, 2.0]))
+    assert (found.value, found.chance, found.low, found.high) == (1.0, 0.5, 1.0, 1.0)
+    assert found.p == pytest.approx(1 / 20)  # one of the 6! / (3! 3!) orders
+
+
+def test_equal_experts_win_half_of_the_time() -> None:
+    own = coherences(np.random.default_rng(0).normal(size=64).tolist())
+    found = coherence_over_untrained(own, own)
+    assert found.value == 0.5 and found.low < 0.5 < found.high and found.p > 0.4
+    assert np.isnan(coherence_over_untrained(own, [Measured(NAN)]).value)
