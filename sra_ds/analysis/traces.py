@@ -9,7 +9,6 @@ memory-mapped. Letters: N tokens, L routed layers, K experts per token, E expert
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -27,11 +26,12 @@ from sra_ds.config.model import MoEChannelConfig
 from sra_ds.data.loader import IGNORED, Batch, scoring_batches, scoring_windows
 from sra_ds.data.shards import TokenSplit
 from sra_ds.errors import DataError
+from sra_ds.heap import giving_back
 from sra_ds.model.init import initialise_router
 from sra_ds.model.language_model import LanguageModel
 from sra_ds.moe.routers import build_router
 from sra_ds.moe.routing import Routing
-from sra_ds.storage.run_dir import read_json_object, write_atomically
+from sra_ds.storage.run_dir import finished_folder, read_json_object, write_atomically
 
 SCHEMA_VERSION = 1
 MANIFEST = "trace.json"
@@ -77,12 +77,12 @@ class Trace:
         """Routes from each token type to each expert of a layer."""
         return Counts(*(self._saved[f"tokens{layer}_{name}"] for name in Counts._fields))
 
-    @property
+    @cached_property
     def load_LE(self) -> NDArray[np.int64]:
         """Routes to each expert."""
         return self.pairs_LEE.diagonal(axis1=1, axis2=2)
 
-    @property
+    @cached_property
     def pairs_LEE(self) -> NDArray[np.int64]:
         """Tokens that two experts served together; on the diagonal the load."""
         return self._array("pairs_LEE")
@@ -97,7 +97,7 @@ class Trace:
         """Mean of the vectors an expert was given; zero where it was given none."""
         return self._array("centroids_LED")
 
-    @property
+    @cached_property
     def expert_means(self) -> dict[str, NDArray[np.float64]]:
         """Per layer and expert: mean gate and score, and the mean lead of the best score over the second
         where it is the first choice; NaN where it is never a choice, or never the first."""
@@ -136,18 +136,12 @@ def record(
         "identity"
     ] == identity:
         return Trace(folder)
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with finished_folder(folder, "wait for it") as partial:
         writer = _Writer(model, channel, split, how, partial)
         facts = writer.run()
         manifest = {"schema_version": SCHEMA_VERSION, "identity": identity, **facts}
         write_atomically(partial / MANIFEST, json.dumps(manifest, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return Trace(folder)
 
 
@@ -208,7 +202,7 @@ class _Writer:
             tqdm(total=self.tokens, desc="tracing", unit="tok", unit_scale=True) as bar,
         ):
             files = {"experts": experts, "untrained": untrained, "gates": gates}
-            for batch, positions_BT in batches:
+            for batch, positions_BT in giving_back(batches):
                 counted_T = (batch.targets_BT != IGNORED).flatten()
                 ids_T = batch.ids_BT.flatten()[counted_T].numpy()
                 ids_T.astype(self.token_dtype).tofile(tokens)

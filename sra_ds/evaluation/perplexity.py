@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from sra_ds.data.loader import IGNORED, Batch, ScoringWindow, scoring_batches, scoring_windows
 from sra_ds.data.shards import TokenSplit
+from sra_ds.heap import giving_back
 from sra_ds.model.language_model import ModelOutput
 
 Model = Callable[..., ModelOutput]
@@ -94,7 +95,7 @@ def evaluate(
     totals = _Totals(split.documents["start"][:documents])
     count = -(-len(share) // setting.batch_size)
     for batch, positions_BT in tqdm(
-        batches, "evaluating", count, disable=not progress, leave=False
+        giving_back(batches), "evaluating", count, disable=not progress, leave=False
     ):
         if stopped():
             return None

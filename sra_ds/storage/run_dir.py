@@ -149,27 +149,32 @@ def refuse_taken(out: RunDir) -> None:
 
 @contextmanager
 def complete_or_absent(out: RunDir) -> Iterator[RunDir]:
-    """A run directory beside `out` to write into: it takes the name of `out` when all went well, and
-    is deleted when not. What a killed process left of one is deleted first. Raises `ConfigError` if
-    `out` is taken or another process writes it."""
+    """A run directory to write into that becomes `out` when all went well (see `finished_folder`).
+    Raises `ConfigError` if `out` is taken or another process writes it."""
     refuse_taken(out)
-    final = out.path.resolve()
+    with finished_folder(out.path.resolve(), "choose another --out") as partial:
+        yield RunDir(partial)
+        refuse_taken(out)
+
+
+@contextmanager
+def finished_folder(final: Path, advice: str) -> Iterator[Path]:
+    """A folder beside `final` to write into: it takes the name of `final`, which must be free by then,
+    when all went well, and is deleted when not. What a killed process left of one is deleted first.
+    Raises `ConfigError` with `advice` if another process writes it."""
     partial = final.with_name(f"{final.name}.partial")
     mark = partial / "unfinished"
     if partial.exists() and any(partial.iterdir()) and not mark.exists():
-        raise ConfigError(f"{partial} is in the way; move it, or choose another --out")
+        raise ConfigError(f"{partial} is in the way; move it, or {advice}")
     partial.mkdir(parents=True, exist_ok=True)
     with mark.open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(
-                f"{out.path}: another process is writing it; choose another --out"
-            ) from None
+            raise ConfigError(f"{final}: another process is writing it; {advice}") from None
         try:
             _clear(partial, mark)
-            yield RunDir(partial)
-            refuse_taken(out)
+            yield partial
             partial.rename(final)
             (final / mark.name).unlink()
         finally:

@@ -3,7 +3,6 @@
 Plain `python`, `torchrun` and the `deepspeed` launcher all come through here.
 """
 
-import ctypes
 import os
 import socket
 import sys
@@ -16,6 +15,7 @@ import psutil
 import torch
 
 from sra_ds.errors import BackendUnavailable
+from sra_ds.heap import keep_freed_memory
 
 SINGLE_PROCESS = {
     "RANK": "0",
@@ -25,7 +25,6 @@ SINGLE_PROCESS = {
     "MASTER_ADDR": "127.0.0.1",
 }
 LOCK_GRACE_SECONDS = 30
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def prepare_process() -> None:
@@ -50,25 +49,6 @@ def prepare_process() -> None:
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
     keep_freed_memory()
     refuse_stale_build_locks()
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep freed blocks: a step frees and takes the same large buffers again and again, and
-    fresh pages cost more than the arithmetic on them (grouped products: 0.42 to 0.52 of peak; a step of
-    `sra-small` with blocks of 4 MB and more mapped on their own: 1.35 times the time)."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def give_back_freed_memory() -> None:
-    """Return the pages of what glibc kept, every few steps. Up to 2.37 it cannot give a freed aligned
-    block to a request of the same size, so every step leaves more holes in the heap (`sra-small`: 80 MB
-    a step, until memory was full)."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(ctypes.c_size_t(0))
 
 
 def refuse_stale_build_locks() -> None:

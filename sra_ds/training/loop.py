@@ -21,6 +21,7 @@ from torch import Tensor
 from sra_ds.config import Recipe
 from sra_ds.data.loader import Batch, TrainingWindows
 from sra_ds.errors import TrainingError
+from sra_ds.heap import GIVE_BACK_EVERY, give_back_freed_memory
 from sra_ds.model.counting import flops_per_token
 from sra_ds.moe.routing import Routing
 from sra_ds.storage import checkpoint
@@ -30,7 +31,6 @@ from sra_ds.training.controllers import Controller, Intervention, current_top_k,
 from sra_ds.training.ds_config import BatchPlan
 from sra_ds.training.engine import plain_gradient_norm, set_learning_rate
 from sra_ds.training.engine_state import engine_state
-from sra_ds.training.environment import give_back_freed_memory
 from sra_ds.training.health import NOT_FORWARD, Health, first_non_finite
 from sra_ds.training.logging import RunLog
 from sra_ds.training.processes import from_all, mean_over_ranks
@@ -39,10 +39,6 @@ from sra_ds.training.stop import StopRequest
 
 Validate = Callable[[Any, int, Callable[[], bool]], dict[str, Any] | None]
 """(engine, cap on tokens, stopped) -> summary of the validation split, None if stopped."""
-
-
-GIVE_BACK_EVERY = 20
-"""Steps; a step of `sra-small` is 1 % slower than if it were never done."""
 
 
 class StepFacts(NamedTuple):

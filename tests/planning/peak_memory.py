@@ -6,7 +6,7 @@ What is measured is resident memory above what a process has after a step of a t
 compiled on first use), over three steps: the first makes the optimizer's states, and ZeRO-3 follows its
 recorded trace from the third on. Every block of 64 KiB or more is given back to the system when it is
 freed, so that the peak is what the step needs and not what the C library keeps;
-`environment.keep_freed_memory`, which a run uses for speed, makes it keep all of it (`as_run` below).
+`heap.keep_freed_memory`, which a run uses for speed, makes it keep all of it (`as_run` below).
 """
 
 import ctypes

@@ -2,8 +2,6 @@
 
 import errno
 import os
-import subprocess
-import sys
 import time
 
 import pytest
@@ -80,33 +78,3 @@ def test_recent_load_covers_the_newest_window():
     assert recent.tokens == 24
     assert recent.load_LE.sum() == 24
     assert recent.summary()["dead"] == 1
-
-
-HOLES = """
-import torch
-from sra_ds.training.environment import give_back_freed_memory, keep_freed_memory
-
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
-
-keep_freed_memory()
-large, small = [], []
-for _ in range(40):
-    large.append(torch.ones(2**21))
-    small.append(torch.ones(2**10))
-full = resident()
-del large
-kept = resident()
-give_back_freed_memory()
-print(full, kept, resident())
-"""
-
-
-def test_freed_memory_is_kept_until_it_is_given_back():
-    """320 MB in blocks with something small behind each, so that the heap cannot shrink."""
-    result = subprocess.run(
-        [sys.executable, "-c", HOLES], capture_output=True, text=True, check=True, timeout=120
-    )
-    full, kept, left = map(float, result.stdout.split())
-    assert full - kept < 30
-    assert full - left > 290
