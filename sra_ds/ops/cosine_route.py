@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sra_ds.ops.extension import extension, register_operator
+from sra_ds.ops.extension import constant_when_compiled, extension, register_operator
 from sra_ds.ops.precision import at_least_float32
 from sra_ds.ops.top_k_routing import EVERYONE, Selection, TopKRouting, top_k_routing
 
@@ -120,7 +120,7 @@ def can_be_fused(x_TD: Tensor, anchors_ED: Tensor) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_when_compiled
 def _available_on(device_type: str) -> bool:
     available = device_type in extension().devices
     if available:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sra_ds.ops.extension import extension, register_operator
+from sra_ds.ops.extension import constant_when_compiled, extension, register_operator
 from sra_ds.ops.precision import at_least_float32
 
 COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -116,7 +116,7 @@ class _Combine(torch.autograd.Function):
         return grad_RD.to(rows_TKD.dtype), grad_gates_TK.to(gates_TK.dtype), None, None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_when_compiled
 def _available_on(device_type: str) -> bool:
     available = device_type == "cpu" and device_type in extension().devices
     if available:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -26,6 +26,7 @@ from sra_ds.ops.kernel_build import (
     wanted,
 )
 
+Answer = TypeVar("Answer", bound=Callable[..., bool])
 CHOICES = ("auto", "compiled", "reference")
 
 
@@ -54,6 +55,13 @@ def use_kernels(choice: str) -> Iterator[None]:
 def extension() -> Extension:
     """What is used now; raises `BackendUnavailable` if the library is required and cannot be had."""
     return _load(_override.get() or os.environ.get("SRA_KERNELS", "auto"))
+
+
+def constant_when_compiled(function: Answer) -> Answer:
+    """What `torch.compiler.assume_constant_result` does, which would first import the compiler: half of
+    the time that every command takes to start."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def register_operator(

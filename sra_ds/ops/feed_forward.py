@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sra_ds.ops.extension import extension, register_operator
+from sra_ds.ops.extension import constant_when_compiled, extension, register_operator
 from sra_ds.ops.grouped_linear import grouped_linear
 
 COMPILED_DTYPES = (torch.float32, torch.bfloat16)
@@ -74,7 +74,7 @@ def runs_compiled(x_RD: Tensor, weights: Weights, dropout: float) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_when_compiled
 def _available_on(device_type: str, experts: int) -> bool:
     enough = experts >= EXPERTS_PER_THREAD * torch.get_num_threads()
     available = enough and device_type == "cpu" and device_type in extension().devices
