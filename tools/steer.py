@@ -3,6 +3,7 @@
 suppress, boost, scale, pin,    write a card for `generate --steer` and `evaluate --steer`, and say
 towards, replace                what it costs in perplexity
 detect                          experts that tell two files of texts, one a line, apart
+attribute                       experts that write words of your own
 verify                          dose and response of experts, against 20 others of equal load
 effect                          what a card does to words of your own, and what it costs
 """
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from sra_ds import cli
-from sra_ds.analysis.steering import ACTIONS, carry_out
+from sra_ds.analysis.steering import carry_out
+from sra_ds.analysis.steering_actions import ACTIONS
 from sra_ds.inference.load import load_run
 from sra_ds.training.environment import choose_device, prepare_process
 
@@ -49,11 +51,9 @@ def command(arguments: argparse.Namespace) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     """Experts as tables, anything else as a tree."""
     for row in result.get("experts", [])[: result.get("top", 0)]:
-        interval = f"[{row['low']:+.4f}, {row['high']:+.4f}]"
-        where = f"{row['layer']}:{row['expert']}"
-        print(
-            f"{where:<7} {row['risk_difference']:+.4f} {interval}  p {row['p_adjusted']:.3f} (adjusted)"
-        )
+        value = row["slope"] if "slope" in row else row["risk_difference"]
+        interval = f"[{row['low']:+.4f}, {row['high']:+.4f}]  p {row['p_adjusted']:.3f} (adjusted)"
+        print(f"{row['layer']}:{row['expert']:<5} {value:+.4f} {interval}")
     for name, one in result.pop("effect", {}).items():
         change = f"{one['before']:.5f} -> {one['after']:.5f}"
         print(f"{name:<10} {change}  change {told(one['change'])}")

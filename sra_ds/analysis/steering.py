@@ -1,14 +1,14 @@
 """What `tools/steer.py` does: cards made and priced, experts detected, steering and cards verified."""
 
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+import math
+from typing import Any
 
 import torch
 from pydantic import ValidationError
 
 from sra_ds.analysis.analysis import trace_run
+from sra_ds.analysis.attribution import attribute, gate_slopes, steering_of
 from sra_ds.analysis.detect import detect, read_texts
 from sra_ds.analysis.effect import (
     WordSets,
@@ -17,18 +17,12 @@ from sra_ds.analysis.effect import (
     prompt_batches,
     word_tokens,
 )
+from sra_ds.analysis.steering_actions import ACTIONS, LEAST, Values
 from sra_ds.analysis.traces import Pass, Trace
 from sra_ds.analysis.verify import choose_targets, verify
-from sra_ds.config.steering import (
-    AnyEdit,
-    Boost,
-    Pin,
-    Replace,
-    Scale,
-    Steering,
-    Suppress,
-    Towards,
-)
+from sra_ds.config.steering import Steering
+from sra_ds.data.loader import Batch
+from sra_ds.data.shards import TokenSplit
 from sra_ds.data.tokenizer import end_of_text_id
 from sra_ds.errors import ConfigError
 from sra_ds.evaluation.difference import steering_cost
@@ -39,35 +33,6 @@ from sra_ds.inference.steer import load_card, require_fit, save_card
 from sra_ds.storage.run_dir import write_atomically
 
 BATCH_SIZE = 16
-
-MEASURE = {
-    "--measure-tokens": {
-        "type": int, "default": 32_768, "help": "validation tokens for its cost; 0: skip",
-    }
-}  # fmt: skip
-TRACE = {
-    "--text": {"type": Path, "help": "a file or folder instead of the validation split"},
-    "--trace-tokens": {
-        "type": int,
-        "default": 200_000,
-        "help": "that characterise experts; 0: all",
-    },
-}
-LEAST = {"measure_tokens": 0, "trace_tokens": 0, "tokens": 1, "top": 0}
-Values = dict[str, Any]
-
-
-class Action(NamedTuple):
-    """One subcommand; `edit` makes one expert's edit from the arguments."""
-
-    help: str
-    options: dict[str, dict[str, Any]]
-    edit: Callable[[int, int, Values], AnyEdit] | None = None
-    names_experts: bool = True
-
-    @property
-    def makes_card(self) -> bool:
-        return self.edit is not None
 
 
 def carry_out(
@@ -82,6 +47,8 @@ def carry_out(
             raise ConfigError(f"{option} must be at least {least}, got {values[name]}")
     if action == "detect":
         return _detect(loaded, values)
+    if action == "attribute":
+        return _attribute(loaded, values)
     if action == "effect":
         return _effect(loaded, values, device)
     experts = [parse_place(text, action) for text in values["experts"]]
@@ -106,7 +73,7 @@ def _make_card(
     try:
         steering = Steering(
             name=values["name"] or f"{action} {' '.join(values['experts'])}",
-            made_for=f"{loaded.run.path.name}, step {loaded.trainer['step']}",
+            made_for=_made_for(loaded),
             edits=tuple(make(layer, expert, values) for layer, expert in experts),
         )
     except ValidationError as error:
@@ -143,19 +110,29 @@ def _verify(
     return result
 
 
+def _attribute(loaded: LoadedRun, values: Values) -> dict[str, Any]:
+    words = _words(loaded, values)
+    if values["out"] is not None and not (values["top"] and math.isfinite(values["strength"])):
+        raise ConfigError("a card needs --top of at least 1 and a finite --strength")
+    with open_text(loaded, files=values["text"], max_tokens=values["tokens"]) as text:
+        slopes_BLE = gate_slopes(loaded.model, _places(loaded, values, text.split), words)
+    rows = attribute(slopes_BLE)
+    result: dict[str, Any] = {"units": len(slopes_BLE), "top": values["top"], "experts": rows}
+    if values["out"] is not None:
+        name = f"{' '.join(values['words'])} {values['strength']:+g}"
+        steering = steering_of(rows[: values["top"]], values["strength"], name, _made_for(loaded))
+        save_card(steering, values["out"])
+        result["card"] = str(values["out"])
+    return result
+
+
 def _effect(loaded: LoadedRun, values: Values, device: torch.device) -> dict[str, Any]:
     steering = load_card(values["card"])
     require_fit(loaded.model, steering)
-    words = WordSets(*(word_tokens(loaded.tokenizer, values[n]) for n in ("words", "against")))
-    both = sorted(set(words.own_S) & set(words.others_S))
-    if both:
-        raise ConfigError(f"{loaded.tokenizer.decode(both)!r} is in --words and in --against")
+    words = _words(loaded, values)
     trace = _trace(loaded, values, device)
     with open_text(loaded, files=values["text"], max_tokens=values["tokens"]) as text:
-        if values["prompts"] is None:
-            batches = neutral_batches(loaded, text.split, values["tokens"])
-        else:
-            batches = prompt_batches(loaded, read_texts(values["prompts"]))
+        batches = _places(loaded, values, text.split)
         found = effect(loaded, steering, batches, words, trace)
         cost = steering_cost(loaded, steering, text.split, values["tokens"], device)
     return {
@@ -164,6 +141,24 @@ def _effect(loaded: LoadedRun, values: Values, device: torch.device) -> dict[str
         "effect": {name: one.as_dict() for name, one in found.items()},
         "cost": cost,
     }
+
+
+def _words(loaded: LoadedRun, values: Values) -> WordSets:
+    words = WordSets(*(word_tokens(loaded.tokenizer, values[n]) for n in ("words", "against")))
+    both = sorted(set(words.own_S) & set(words.others_S))
+    if both:
+        raise ConfigError(f"{loaded.tokenizer.decode(both)!r} is in --words and in --against")
+    return words
+
+
+def _places(loaded: LoadedRun, values: Values, split: TokenSplit) -> list[Batch]:
+    if values["prompts"] is None:
+        return neutral_batches(loaded, split, values["tokens"])
+    return prompt_batches(loaded, read_texts(values["prompts"]))
+
+
+def _made_for(loaded: LoadedRun) -> str:
+    return f"{loaded.run.path.name}, step {loaded.trainer['step']}"
 
 
 def _trace(loaded: LoadedRun, values: Values, device: torch.device) -> Trace:
@@ -176,83 +171,3 @@ def _trace(loaded: LoadedRun, values: Values, device: torch.device) -> Trace:
     )
     with open_text(loaded, files=values["text"], max_tokens=how.max_tokens) as text:
         return trace_run(loaded, text.split, text.identity, how)
-
-
-def _towards(layer: int, expert: int, values: Values) -> Towards:
-    direction: Any = "anchor"
-    if values["direction"] == "centroid":
-        direction = tuple(values["centroids_LED"][layer, expert].tolist())
-    return Towards(layer=layer, expert=expert, strength=values["strength"], direction=direction)
-
-
-ACTIONS = {
-    "suppress": Action(
-        "no token may choose these experts", MEASURE, lambda l, e, v: Suppress(layer=l, expert=e)
-    ),
-    "boost": Action(
-        "raise their scores",
-        {"--by": {"type": float, "required": True, "help": "in units of scores"}, **MEASURE},
-        lambda l, e, v: Boost(layer=l, expert=e, by=v["by"]),
-    ),
-    "scale": Action(
-        "multiply their gates",
-        {
-            "--by": {"type": float, "required": True, "help": "0: silent, 1: as it is"},
-            "--renormalise": {"action": "store_true", "help": "keep the sum of a token's gates"},
-            **MEASURE,
-        },
-        lambda l, e, v: Scale(layer=l, expert=e, by=v["by"], renormalise=v["renormalise"]),
-    ),
-    "pin": Action("every token takes them first", MEASURE, lambda l, e, v: Pin(layer=l, expert=e)),
-    "towards": Action(
-        "move every token's vector towards them",
-        {
-            "--strength": {"type": float, "required": True, "help": "in lengths of the vector"},
-            "--direction": {"choices": ("anchor", "centroid"), "default": "anchor"},
-            **TRACE,
-            **MEASURE,
-        },
-        _towards,
-    ),
-    "replace": Action(
-        "give another output in their place",
-        {"--with-expert": {"type": int, "help": "of the same layer (default: zero)"}, **MEASURE},
-        lambda l, e, v: Replace(
-            layer=l, expert=e, output="zero" if v["with_expert"] is None else v["with_expert"]
-        ),
-    ),
-    "detect": Action(
-        "which experts tell two sets of texts apart",
-        {
-            "--with": {"dest": "with_it", "type": Path, "required": True, "metavar": "FILE"},
-            "--without": {"type": Path, "required": True, "metavar": "FILE"},
-            "--top": {"type": int, "default": 10, "help": "experts to print"},
-        },
-        names_experts=False,
-    ),
-    "verify": Action(
-        "dose and response of experts",
-        {
-            "--tokens": {"type": int, "default": 4096, "help": "of neutral text"},
-            "--out": {"type": Path, "metavar": "JSON", "help": "also write it to a file"},
-            **TRACE,
-        },
-    ),
-    "effect": Action(
-        "what a card does to words, at the end of prompts or all over neutral text",
-        {
-            "card": {"type": Path, "metavar": "CARD", "help": "a steering card"},
-            "--words": {
-                "nargs": "+",
-                "required": True,
-                "metavar": "WORD",
-                "help": "one token each",
-            },
-            "--against": {"nargs": "+", "default": [], "metavar": "WORD", "help": "other words"},
-            "--prompts": {"type": Path, "metavar": "FILE", "help": "one a line; default: all text"},
-            "--tokens": {"type": int, "default": 16_384, "help": "of text, for effect and cost"},
-            **TRACE,
-        },
-        names_experts=False,
-    ),
-}
