@@ -9,6 +9,7 @@ over prompts. The null makes the same edits to other experts of the same layers 
 Letters: B units (windows or prompts), T positions, V vocabulary, S tokens of a set, R draws of the null.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -47,10 +48,14 @@ class WordSets(NamedTuple):
 
 
 def word_tokens(tokenizer: Tokenizer, words: Sequence[str]) -> list[int]:
-    """The token of each word after a space, or without one where only that exists. Raises
-    `ConfigError` for a word of several tokens."""
+    """The token of each word after a space, or without one where only that exists; of `/PATTERN/` all
+    tokens the regular expression is found in. Raises `ConfigError` for a word of several tokens, and
+    for a pattern that is none or is found nowhere."""
     found = []
     for word in words:
+        if len(word) > 2 and word[0] == word[-1] == "/":
+            found += _matching(tokenizer, word[1:-1])
+            continue
         forms = [tokenizer.encode(form).ids for form in (f" {word}", word)]
         single = [ids[0] for ids in forms if len(ids) == 1]
         if not single:
@@ -58,6 +63,17 @@ def word_tokens(tokenizer: Tokenizer, words: Sequence[str]) -> list[int]:
             raise ConfigError(f"{word!r} is no single token of this model (pieces: {pieces})")
         found.append(single[0])
     return sorted(set(found))
+
+
+def _matching(tokenizer: Tokenizer, pattern: str) -> list[int]:
+    try:
+        search = re.compile(pattern).search
+    except re.error as error:
+        raise ConfigError(f"/{pattern}/ is no regular expression ({error})") from None
+    found = [i for i in range(tokenizer.get_vocab_size()) if search(tokenizer.decode([i]))]
+    if not found:
+        raise ConfigError(f"/{pattern}/ is found in no token of this model")
+    return found
 
 
 def neutral_batches(loaded: LoadedRun, split: TokenSplit, max_tokens: int) -> list[Batch]:

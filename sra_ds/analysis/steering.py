@@ -8,7 +8,13 @@ import torch
 from pydantic import ValidationError
 
 from sra_ds.analysis.analysis import trace_run
-from sra_ds.analysis.attribution import attribute, gate_slopes, steering_of
+from sra_ds.analysis.attribution import (
+    Attribution,
+    attribute,
+    cheapest,
+    gate_cost,
+    gate_slopes,
+)
 from sra_ds.analysis.detect import detect, read_texts
 from sra_ds.analysis.effect import (
     WordSets,
@@ -112,16 +118,19 @@ def _verify(
 
 def _attribute(loaded: LoadedRun, values: Values) -> dict[str, Any]:
     words = _words(loaded, values)
-    if values["out"] is not None and not (values["top"] and math.isfinite(values["strength"])):
-        raise ConfigError("a card needs --top of at least 1 and a finite --strength")
+    if values["out"] is not None and not (values["top"] and 0 < values["divergence"] < math.inf):
+        raise ConfigError("a card needs a --top of at least 1 and a finite --divergence above 0")
     with open_text(loaded, files=values["text"], max_tokens=values["tokens"]) as text:
         slopes_BLE = gate_slopes(loaded.model, _places(loaded, values, text.split), words)
-    rows = attribute(slopes_BLE)
-    result: dict[str, Any] = {"units": len(slopes_BLE), "top": values["top"], "experts": rows}
+        neutral = neutral_batches(loaded, text.split, values["tokens"])
+        found = Attribution(slopes_BLE, gate_cost(loaded.model, neutral))
+    result: dict[str, Any] = {
+        "units": len(slopes_BLE), "top": values["top"], "experts": attribute(found),
+    }  # fmt: skip
     if values["out"] is not None:
-        name = f"{' '.join(values['words'])} {values['strength']:+g}"
-        steering = steering_of(rows[: values["top"]], values["strength"], name, _made_for(loaded))
-        save_card(steering, values["out"])
+        name = f"{'less' if values['lower'] else 'more'} {' '.join(values['words'])}"
+        limits = values["divergence"], values["top"], values["lower"]
+        save_card(cheapest(found, *limits, name, _made_for(loaded)), values["out"])
         result["card"] = str(values["out"])
     return result
 

@@ -22,7 +22,9 @@ TRACE: Options = {
     },
 }
 WORDS: Options = {
-    "--words": {"nargs": "+", "required": True, "metavar": "WORD", "help": "one token each"},
+    "--words": {
+        "nargs": "+", "required": True, "metavar": "WORD", "help": "one token each, or /PATTERN/",
+    },
     "--against": {"nargs": "+", "default": [], "metavar": "WORD", "help": "other words"},
     "--prompts": {"type": Path, "metavar": "FILE", "help": "one a line; default: all over the text"},
     "--tokens": {"type": int, "default": 16_384, "help": "of text, for effect and cost"},
@@ -101,13 +103,18 @@ ACTIONS = {
         {
             **WORDS,
             "--text": TRACE["--text"],
-            "--top": {"type": int, "default": 10, "help": "experts to print, and of the card"},
-            "--out": {"type": Path, "metavar": "CARD", "help": "scale the top experts by slope"},
-            "--strength": {
-                "type": float,
-                "default": 1.0,
-                "help": "of the card: the largest slope's gate times 1 + this; below 0 lowers the words",
+            "--top": {"type": int, "default": 32, "help": "experts to print, and of the card"},
+            "--out": {
+                "type": Path,
+                "metavar": "CARD",
+                "help": "scale the top experts, for more of the words",
             },
+            "--divergence": {
+                "type": float,
+                "default": 0.01,
+                "help": "of the card: nats per token it may cost on neutral text (default: %(default)s)",
+            },
+            "--lower": {"action": "store_true", "help": "a card for less of the words"},
         },
         names_experts=False,
     ),

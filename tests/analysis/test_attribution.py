@@ -5,15 +5,30 @@ import json
 import numpy as np
 import pytest
 
-from sra_ds.analysis.attribution import attribute, gate_factors, gate_slopes, steering_of
-from sra_ds.analysis.effect import WordSets, neutral_batches, prompt_batches, read_words
+from sra_ds.analysis.attribution import (
+    Attribution,
+    attribute,
+    cheapest,
+    gate_cost,
+    gate_factors,
+    gate_slopes,
+)
+from sra_ds.analysis.effect import (
+    WordSets,
+    log_probs,
+    neutral_batches,
+    prompt_batches,
+    read_words,
+)
 from sra_ds.config.steering import Scale, Steering
+from sra_ds.data.loader import IGNORED
 from sra_ds.evaluation.text import open_text
 from sra_ds.inference.load import load_run
 from sra_ds.inference.steer import steered
 
 WORDS = WordSets([10, 20, 30], [11, 21])
 STEP = 2e-4
+SMALL = 2e-3
 
 
 @pytest.fixture(params=["moe-cosine", "moe-linear"])
@@ -64,39 +79,74 @@ def test_nothing_is_left_in_the_model(loaded):
     assert all(p.grad is None for p in loaded.model.parameters())
 
 
-def test_experts_are_ranked_by_size_and_noise_is_not_significant():
+def test_the_cost_is_the_divergence_of_a_small_change(loaded):
+    """KL = F d^2 / 2 for one gate; of the last layer, since no decision behind it can flip."""
+    with open_text(loaded) as text:
+        batches = neutral_batches(loaded, text.split, 320)
+    many = np.mean([gate_cost(loaded.model, batches, seed) for seed in range(40)], 0)
+    before = [log_probs(loaded.model, batch) for batch in batches]
+    layer = 1
+    for expert in np.argsort(-many[layer])[:2]:
+        edit = Scale(layer=layer, expert=expert, by=1 + SMALL)
+        total = tokens = 0.0
+        with steered(loaded.model, Steering(edits=(edit,))):
+            for batch, was in zip(batches, before, strict=True):
+                kl_BT = (was.exp() * (was - log_probs(loaded.model, batch))).sum(-1)
+                counted_BT = batch.targets_BT != IGNORED
+                total += float(kl_BT[counted_BT].sum())
+                tokens += int(counted_BT.sum())
+        assert many[layer, expert] * SMALL**2 / 2 == pytest.approx(total / tokens, rel=0.2)
+
+
+def found(slopes_BLE, cost=1.0):
+    return Attribution(slopes_BLE, np.full(slopes_BLE.shape[1:], cost))
+
+
+def test_experts_are_ranked_by_gain_and_noise_is_not_significant():
     rng = np.random.default_rng(1)
     slopes_BLE = rng.normal(size=(40, 2, 8))
     slopes_BLE[:, 1, 3] -= 2.0
-    rows = attribute(slopes_BLE)
+    rows = attribute(found(slopes_BLE))
     assert (rows[0]["layer"], rows[0]["expert"]) == (1, 3)
     assert rows[0]["slope"] == pytest.approx(slopes_BLE[:, 1, 3].mean())
+    assert rows[0]["gain"] == pytest.approx(-rows[0]["slope"] / np.sqrt(1.1))
     assert rows[0]["p"] == 1 / 1000 and rows[0]["low"] < rows[0]["slope"] < rows[0]["high"] < 0
     assert all(row["p_adjusted"] > 0.05 for row in rows[1:])
-    sizes = [abs(row["slope"]) for row in rows]
-    assert len(rows) == 16 and sizes == sorted(sizes, reverse=True)
+    gains = [row["gain"] for row in rows]
+    assert len(rows) == 16 and gains == sorted(gains, reverse=True)
 
 
-def test_a_card_follows_the_slopes():
-    rows = [
-        {"layer": 0, "expert": 2, "slope": -0.4},
-        {"layer": 1, "expert": 1, "slope": 0.2},
-    ]
-    assert [edit.by for edit in steering_of(rows, 0.5, "", "").edits] == [0.5, 1.25]
-    assert [edit.by for edit in steering_of(rows, -2.0, "", "").edits] == [3.0, 0.0]
-    still = [{"layer": 0, "expert": 0, "slope": 0.0}]
-    assert steering_of(still, 1.0, "", "").edits[0].by == 1.0
+def test_a_card_spends_the_divergence_where_it_changes_most():
+    slopes_BLE = np.tile([[0.4, -0.2, 0.1, 0.0]], (3, 1, 1))
+    costs = Attribution(slopes_BLE, np.array([[0.4, 0.1, 0.1, 1.0]]))
+    damped_E = costs.damped_cost_LE[0]
+    assert damped_E == pytest.approx(costs.cost_LE[0] + 0.025)
+    card = cheapest(costs, 0.01, 2, False, "", "")
+    step_E = np.array([edit.by - 1 for edit in card.edits])
+    assert [edit.expert for edit in card.edits] == [0, 1]
+    assert step_E[0] / step_E[1] == pytest.approx((0.4 / damped_E[0]) / (-0.2 / damped_E[1]))
+    assert (damped_E[:2] * step_E**2).sum() / 2 == pytest.approx(0.01)
+    lower = cheapest(costs, 0.01, 2, True, "", "")
+    assert [edit.by - 1 for edit in lower.edits] == pytest.approx(-step_E)
+    assert min(edit.by for edit in cheapest(costs, 50.0, 2, False, "", "").edits) == 0
+
+
+def test_words_that_no_gate_changes_leave_every_gate():
+    still = found(np.zeros((2, 1, 4)), cost=0.0)
+    assert {edit.by for edit in cheapest(still, 0.01, 4, False, "", "").edits} == {1.0}
 
 
 def test_the_command(make_run, call, tmp_path):
     run, card = make_run().path, tmp_path / "card.json"
-    command = ("steer", "--run", run, "attribute", "--words", "a", "--against", "b")
-    command = (*command, "--tokens", 64)
-    shown = call(*command, "--top", 3, "--out", card, "--strength", -0.5).out
+    words = ("--words", "/^.?a$/", "--against", "b", "--tokens", 64)
+    command = ("steer", "--run", run, "attribute", *words)
+    shown = call(*command, "--top", 3, "--out", card, "--lower").out
     assert shown.count("(adjusted)") == 3
     edits = json.loads(card.read_text())["edits"]
     assert len(edits) == 3 and {edit["kind"] for edit in edits} == {"scale"}
-    priced = call("steer", "--run", run, "--json", "effect", card, *command[4:]).tree
+    priced = call("steer", "--run", run, "--json", "effect", card, *words).tree
     assert priced["effect"]["log_odds"]["change"]["value"] < 0
     call(*command, "--top", 0, "--out", card).refused("--top")
-    call(*command, "--strength", "nan", "--out", card).refused("--strength")
+    call(*command, "--divergence", "nan", "--out", card).refused("--divergence")
+    call(*command[:4], "--words", "/(/").refused("/(/ is no regular expression")
+    call(*command[:4], "--words", "/xyzzy/").refused("found in no token")
