@@ -1,21 +1,22 @@
 """Which experts write words, and what changing them would cost: all experts by one backward pass.
 
-    slope   d / dc [log P(words) - log P(the other words)] at c = 1, the expert's gate times c: the mean
-            over places (see `effect`); without other words that of log P(words)
+    slope   d / dc [log P(words) - log P(other words)] at c = 1, the expert's gate times c: the mean over
+            places (see `effect`); without other words d / dc P(words)
     cost    F = mean of (d / dc log P(next token))^2, the Fisher information of the gate: on neutral text
             gates times 1 + d cost about F d^2 / 2 nats of KL divergence per token
-    card    d = b slope / (F + damping), the largest change of the words for a divergence, that b sets, if
-            gates act independently and changes are small (natural gradient, Amari 1998, diagonal)
+    card    d = b slope / (F + damping) between -1 and 1: the largest change of the words for a
+            divergence, which sets b, if gates act independently and alike at every dose (the natural
+            gradient of Amari 1998, diagonal)
 
 Next tokens are drawn from the model, so F needs no labels; choices that flip in later layers are not in
-it. The interval of a slope resamples units, p flips their signs, adjusted over all experts. `detect` finds
-what reads something, this what writes it.
+it. The interval of a slope resamples units, p flips their signs, adjusted over all experts. `detect`
+finds what reads something, this what writes it.
 Letters: B units (windows or prompts), T positions, N = B x T tokens, L layers, E experts, K choices.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,37 +26,20 @@ from tqdm import tqdm
 
 from sra_ds.analysis.effect import WordSets
 from sra_ds.analysis.statistics import benjamini_hochberg
-from sra_ds.config.steering import Scale, Steering
+from sra_ds.config.steering import Scale
 from sra_ds.data.loader import IGNORED, Batch
 from sra_ds.model.language_model import LanguageModel
 from sra_ds.moe.routing import Routing
 
 DRAWS = 999
+SIGNIFICANT = 0.05
 SEED = 0
+BISECTIONS = 100
+TINY = 1e-300
 DAMPING = 0.1
 """In medians of F: an expert that hardly any token of the neutral text uses is not free."""
 
 Floats = NDArray[np.float64]
-
-
-class Attribution(NamedTuple):
-    """Slopes of every unit in every gate, and what a change of each gate costs."""
-
-    slopes_BLE: Floats
-    cost_LE: Floats
-
-    @property
-    def gain_LE(self) -> Floats:
-        """Change of the words for a small fixed divergence."""
-        gain_LE: Floats = np.abs(self.slopes_BLE.mean(0)) / np.sqrt(self.damped_cost_LE)
-        return gain_LE
-
-    @property
-    def damped_cost_LE(self) -> Floats:
-        """F and the damping; positive."""
-        damping = max(DAMPING * float(np.median(self.cost_LE)), np.finfo(np.float64).tiny)
-        damped_LE: Floats = self.cost_LE + damping
-        return damped_LE
 
 
 @contextmanager
@@ -91,13 +75,17 @@ def gate_factors(model: LanguageModel, units: int) -> Iterator[list[Tensor]]:
 def gate_slopes(model: LanguageModel, batches: Sequence[Batch], words: WordSets) -> Floats:
     """Slope of every unit in every gate, B x L x E."""
 
-    def log_odds(logits_BTV: Tensor, counted_BT: Tensor) -> Tensor:
+    def measure(logits_BTV: Tensor, counted_BT: Tensor) -> Tensor:
         own_BT = logits_BTV[..., words.own_S].logsumexp(-1)
-        rest_BTS = logits_BTV[..., words.others_S] if words.others_S else logits_BTV
-        means_BT: Tensor = own_BT - rest_BTS.logsumexp(-1)
-        return means_BT / counted_BT.sum(-1, keepdim=True)
+        if words.others_S:
+            value_BT = own_BT - logits_BTV[..., words.others_S].logsumexp(-1)
+        else:
+            value_BT = (own_BT - logits_BTV.logsumexp(-1)).exp()
+        return value_BT / counted_BT.sum(-1, keepdim=True)
 
-    return np.concatenate([_gradient(model, batch, log_odds) for batch in tqdm(batches, "slopes")])
+    return np.concatenate(
+        [_gradient(model, batch, measure) for batch in tqdm(batches, "slopes", leave=False)]
+    )
 
 
 def gate_cost(model: LanguageModel, batches: Sequence[Batch], seed: int = SEED) -> Floats:
@@ -113,7 +101,7 @@ def gate_cost(model: LanguageModel, batches: Sequence[Batch], seed: int = SEED) 
         return log_probs_BTV.gather(-1, drawn_BT1).squeeze(-1)
 
     squares_LE, tokens = np.zeros(0), 0
-    for batch in tqdm(batches, "costs"):
+    for batch in tqdm(batches, "costs", leave=False):
         own_LE = (_gradient(model, batch, drawn) ** 2).sum(0)
         squares_LE = squares_LE + own_LE if tokens else own_LE
         tokens += int((batch.targets_BT != IGNORED).sum())
@@ -135,10 +123,11 @@ def _gradient(
     return found_BLE
 
 
-def attribute(found: Attribution) -> list[dict[str, Any]]:
-    """Experts by gain, the largest first, with slope and cost."""
-    units, _, experts = found.slopes_BLE.shape
-    flat_BP = found.slopes_BLE.reshape(units, -1)
+def attribute(slopes_BLE: Floats, cost_LE: Floats) -> list[dict[str, Any]]:
+    """Experts with slope, cost (damped) and gain, the change of the words for a small fixed divergence:
+    |slope| / sqrt(cost), the largest first."""
+    units, _, experts = slopes_BLE.shape
+    flat_BP = slopes_BLE.reshape(units, -1)
     mean_P = flat_BP.mean(0)
     rng = np.random.default_rng(SEED)
     flipped_RP = rng.choice((-1.0, 1.0), (DRAWS, units)) @ flat_BP / units
@@ -147,7 +136,8 @@ def attribute(found: Attribution) -> list[dict[str, Any]]:
     adjusted_P = benjamini_hochberg(p_P.tolist())
     drawn_RP = rng.multinomial(units, np.full(units, 1 / units), DRAWS) @ flat_BP / units
     low_P, high_P = np.quantile(drawn_RP, [0.025, 0.975], axis=0)
-    gain_P, cost_P = found.gain_LE.ravel(), found.cost_LE.ravel()
+    cost_P = cost_LE.ravel() + max(DAMPING * float(np.median(cost_LE)), TINY)
+    gain_P = np.abs(mean_P) / np.sqrt(cost_P)
     return [
         {
             "layer": int(at // experts),
@@ -164,18 +154,33 @@ def attribute(found: Attribution) -> list[dict[str, Any]]:
     ]
 
 
-def cheapest(
-    found: Attribution, divergence: float, experts: int, lower: bool, name: str, made_for: str
-) -> Steering:
-    """A card that scales the gates of the `experts` of largest gain so that the words rise (or fall) as
-    much as a KL divergence on neutral text, in nats per token, allows; no gate falls below 0."""
-    slope_LE = found.slopes_BLE.mean(0) * (-1 if lower else 1)
-    chosen = np.argsort(-found.gain_LE, axis=None, kind="stable")[:experts]
-    slope_P, cost_P = slope_LE.ravel()[chosen], found.damped_cost_LE.ravel()[chosen]
-    step_P = slope_P / cost_P
-    expected = float((cost_P * step_P**2).sum() / 2)
-    if expected > 0:
-        step_P = step_P * np.sqrt(divergence / expected)
-    places = zip(*np.unravel_index(chosen, slope_LE.shape), (1 + step_P).clip(min=0), strict=True)
-    edits = tuple(Scale(layer=int(l), expert=int(e), by=float(by)) for l, e, by in places)
-    return Steering(name=name, made_for=made_for, edits=edits)
+def cheapest(rows: Sequence[dict[str, Any]], divergence: float, lower: bool = False) -> list[Scale]:
+    """Gates between 0 and 2 of the experts whose slope is significant, so that the words rise (or fall)
+    as much as a KL divergence on neutral text, in nats per token, allows."""
+    chosen = [row for row in rows if row["p_adjusted"] < SIGNIFICANT]
+    slope_P = np.array([row["slope"] for row in chosen]) * (-1 if lower else 1)
+    cost_P = np.array([row["cost"] for row in chosen])
+    step_P = _within(slope_P / cost_P, cost_P, divergence)
+    return [
+        Scale(layer=row["layer"], expert=row["expert"], by=float(1 + step))
+        for row, step in zip(chosen, step_P, strict=True)
+    ]
+
+
+def _within(direction_P: Floats, cost_P: Floats, divergence: float) -> Floats:
+    """clip(b direction, -1, 1) with b as large as sum(cost step^2) / 2 <= divergence allows."""
+
+    def step(scale: float) -> Floats:
+        return (scale * direction_P).clip(-1, 1)
+
+    sizes_P = np.abs(direction_P[direction_P != 0])
+    if not sizes_P.size:
+        return direction_P
+    low, high = 0.0, float(1 / sizes_P.min())
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        if float((cost_P * step(middle) ** 2).sum() / 2) <= divergence:
+            low = middle
+        else:
+            high = middle
+    return step(low)

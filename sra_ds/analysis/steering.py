@@ -9,7 +9,6 @@ from pydantic import ValidationError
 
 from sra_ds.analysis.analysis import trace_run
 from sra_ds.analysis.attribution import (
-    Attribution,
     attribute,
     cheapest,
     gate_cost,
@@ -118,20 +117,24 @@ def _verify(
 
 def _attribute(loaded: LoadedRun, values: Values) -> dict[str, Any]:
     words = _words(loaded, values)
-    if values["out"] is not None and not (values["top"] and 0 < values["divergence"] < math.inf):
-        raise ConfigError("a card needs a --top of at least 1 and a finite --divergence above 0")
+    if not 0 < values["divergence"] < math.inf:
+        raise ConfigError(f"--divergence must be above 0, got {values['divergence']}")
     with open_text(loaded, files=values["text"], max_tokens=values["tokens"]) as text:
         slopes_BLE = gate_slopes(loaded.model, _places(loaded, values, text.split), words)
         neutral = neutral_batches(loaded, text.split, values["tokens"])
-        found = Attribution(slopes_BLE, gate_cost(loaded.model, neutral))
-    result: dict[str, Any] = {
-        "units": len(slopes_BLE), "top": values["top"], "experts": attribute(found),
-    }  # fmt: skip
+        rows = attribute(slopes_BLE, gate_cost(loaded.model, neutral))
+    result: dict[str, Any] = {"units": len(slopes_BLE), "top": values["top"], "experts": rows}
     if values["out"] is not None:
+        edits = cheapest(rows, values["divergence"], values["lower"])
+        if not edits:
+            raise ConfigError(
+                "no expert's slope is significant, so there is nothing for a card to scale; give "
+                "more --tokens, or more --prompts"
+            )
         name = f"{'less' if values['lower'] else 'more'} {' '.join(values['words'])}"
-        limits = values["divergence"], values["top"], values["lower"]
-        save_card(cheapest(found, *limits, name, _made_for(loaded)), values["out"])
-        result["card"] = str(values["out"])
+        steering = Steering(name=name, made_for=_made_for(loaded), edits=tuple(edits))
+        save_card(steering, values["out"])
+        result |= {"card": str(values["out"]), "scaled": len(edits)}
     return result
 
 

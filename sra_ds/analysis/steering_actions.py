@@ -103,11 +103,11 @@ ACTIONS = {
         {
             **WORDS,
             "--text": TRACE["--text"],
-            "--top": {"type": int, "default": 32, "help": "experts to print, and of the card"},
+            "--top": {"type": int, "default": 10, "help": "experts to print"},
             "--out": {
                 "type": Path,
                 "metavar": "CARD",
-                "help": "scale the top experts, for more of the words",
+                "help": "scale significant experts, for more of the words",
             },
             "--divergence": {
                 "type": float,

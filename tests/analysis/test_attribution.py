@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from sra_ds.analysis.attribution import (
-    Attribution,
     attribute,
     cheapest,
     gate_cost,
@@ -58,7 +57,7 @@ def test_slopes_are_finite_differences(loaded):
     assert np.abs(slopes_BLE).max() > 1e-4
 
 
-def test_without_other_words_it_is_the_log_probability(loaded):
+def test_without_other_words_it_is_the_slope_of_their_share(loaded):
     batches = prompt_batches(loaded, ["one", "two"])
     slopes_BLE = gate_slopes(loaded.model, batches, WordSets([10], []))
     layer, expert = np.unravel_index(np.abs(slopes_BLE).sum(0).argmax(), slopes_BLE.shape[1:])
@@ -67,7 +66,7 @@ def test_without_other_words_it_is_the_log_probability(loaded):
         edit = Scale(layer=layer, expert=expert, by=by)
         with steered(loaded.model, Steering(edits=(edit,))):
             shares.append(read_words(loaded.model, batches, WordSets([10], []))["share"])
-    expected_B = (np.log(shares[0]) - np.log(shares[1])) / (2 * STEP)
+    expected_B = (shares[0] - shares[1]) / (2 * STEP)
     np.testing.assert_allclose(slopes_BLE[:, layer, expert], expected_B, atol=1e-5)
 
 
@@ -98,15 +97,11 @@ def test_the_cost_is_the_divergence_of_a_small_change(loaded):
         assert many[layer, expert] * SMALL**2 / 2 == pytest.approx(total / tokens, rel=0.2)
 
 
-def found(slopes_BLE, cost=1.0):
-    return Attribution(slopes_BLE, np.full(slopes_BLE.shape[1:], cost))
-
-
 def test_experts_are_ranked_by_gain_and_noise_is_not_significant():
     rng = np.random.default_rng(1)
     slopes_BLE = rng.normal(size=(40, 2, 8))
     slopes_BLE[:, 1, 3] -= 2.0
-    rows = attribute(found(slopes_BLE))
+    rows = attribute(slopes_BLE, np.ones((2, 8)))
     assert (rows[0]["layer"], rows[0]["expert"]) == (1, 3)
     assert rows[0]["slope"] == pytest.approx(slopes_BLE[:, 1, 3].mean())
     assert rows[0]["gain"] == pytest.approx(-rows[0]["slope"] / np.sqrt(1.1))
@@ -114,39 +109,49 @@ def test_experts_are_ranked_by_gain_and_noise_is_not_significant():
     assert all(row["p_adjusted"] > 0.05 for row in rows[1:])
     gains = [row["gain"] for row in rows]
     assert len(rows) == 16 and gains == sorted(gains, reverse=True)
+    (edit,) = cheapest(rows, 0.02)
+    assert (edit.layer, edit.expert) == (1, 3)
+    assert edit.by == pytest.approx(1 - np.sqrt(2 * 0.02 / 1.1))
 
 
-def test_a_card_spends_the_divergence_where_it_changes_most():
-    slopes_BLE = np.tile([[0.4, -0.2, 0.1, 0.0]], (3, 1, 1))
-    costs = Attribution(slopes_BLE, np.array([[0.4, 0.1, 0.1, 1.0]]))
-    damped_E = costs.damped_cost_LE[0]
-    assert damped_E == pytest.approx(costs.cost_LE[0] + 0.025)
-    card = cheapest(costs, 0.01, 2, False, "", "")
-    step_E = np.array([edit.by - 1 for edit in card.edits])
-    assert [edit.expert for edit in card.edits] == [0, 1]
-    assert step_E[0] / step_E[1] == pytest.approx((0.4 / damped_E[0]) / (-0.2 / damped_E[1]))
-    assert (damped_E[:2] * step_E**2).sum() / 2 == pytest.approx(0.01)
-    lower = cheapest(costs, 0.01, 2, True, "", "")
-    assert [edit.by - 1 for edit in lower.edits] == pytest.approx(-step_E)
-    assert min(edit.by for edit in cheapest(costs, 50.0, 2, False, "", "").edits) == 0
+def test_the_divergence_is_spent_where_it_changes_most():
+    slopes, costs = np.array([0.4, -0.2, 0.1]), np.array([0.4, 0.1, 0.1])
+    rows = [
+        {"layer": 0, "expert": e, "slope": s, "cost": c, "p_adjusted": 0.01}
+        for e, (s, c) in enumerate(zip(slopes, costs, strict=True))
+    ]
+    rows.append({"layer": 1, "expert": 0, "slope": 9.0, "cost": 1.0, "p_adjusted": 0.2})
+
+    def steps(divergence, lower=False):
+        return np.array([edit.by - 1 for edit in cheapest(rows, divergence, lower)])
+
+    little = steps(0.01)
+    assert little / little[0] == pytest.approx((slopes / costs) / (slopes / costs)[0])
+    assert (costs * little**2).sum() / 2 == pytest.approx(0.01)
+    assert steps(0.01, lower=True) == pytest.approx(-little)
+    assert steps(50.0) == pytest.approx([1.0, -1.0, 1.0])
+    more = steps(0.2)
+    assert more[1] == -1 and 0 < more[2] < 1  # what one may not spend goes to the others
+    assert (costs * more**2).sum() / 2 == pytest.approx(0.2)
 
 
-def test_words_that_no_gate_changes_leave_every_gate():
-    still = found(np.zeros((2, 1, 4)), cost=0.0)
-    assert {edit.by for edit in cheapest(still, 0.01, 4, False, "", "").edits} == {1.0}
+def test_nothing_significant_gives_no_edits():
+    assert cheapest(attribute(np.zeros((8, 1, 4)), np.zeros((1, 4))), 0.01) == []
 
 
 def test_the_command(make_run, call, tmp_path):
     run, card = make_run().path, tmp_path / "card.json"
-    words = ("--words", "/^.?a$/", "--against", "b", "--tokens", 64)
+    words = ("--words", "/^.?a$/", "--against", "b", "--tokens", 480)
     command = ("steer", "--run", run, "attribute", *words)
     shown = call(*command, "--top", 3, "--out", card, "--lower").out
     assert shown.count("(adjusted)") == 3
     edits = json.loads(card.read_text())["edits"]
-    assert len(edits) == 3 and {edit["kind"] for edit in edits} == {"scale"}
+    assert edits and {edit["kind"] for edit in edits} == {"scale"}
     priced = call("steer", "--run", run, "--json", "effect", card, *words).tree
     assert priced["effect"]["log_odds"]["change"]["value"] < 0
-    call(*command, "--top", 0, "--out", card).refused("--top")
-    call(*command, "--divergence", "nan", "--out", card).refused("--divergence")
+    few = call(*command[:-1], 64, "--out", tmp_path / "no.json")
+    assert few.code == 2 and "nothing for a card to scale" in few.err
+    assert not (tmp_path / "no.json").exists()
+    call(*command, "--divergence", "nan", "--out", card).refused("--divergence must be above 0")
     call(*command[:4], "--words", "/(/").refused("/(/ is no regular expression")
     call(*command[:4], "--words", "/xyzzy/").refused("found in no token")
