@@ -180,25 +180,32 @@ def nearest_in_load(trace: Trace, layer: int, expert: int) -> list[int]:
 
 
 def elsewhere(steering: Steering, trace: Trace) -> list[Steering]:
-    """The same edits on experts of nearest load instead, at most `NULL_EXPERTS` times; a direction that
-    was given as a vector becomes the centroid of the expert it moves to."""
+    """The same edits dealt to other experts, at most `NULL_EXPERTS` times: in draw r each goes to the
+    r-th nearest in load, or the next one that no other edit has taken. A direction that was given as a
+    vector becomes the centroid of the expert it goes to."""
     places = sorted({Place(edit.layer, edit.expert) for edit in steering.edits})
-    near = {
-        place: [e for e in nearest_in_load(trace, *place) if (place.layer, e) not in places]
-        for place in places
-    }
+    near = {place: nearest_in_load(trace, *place) for place in places}
     found: list[Steering] = []
     for draw in range(min([NULL_EXPERTS, *map(len, near.values())])):
-        moved: dict[Place, int] = {}
-        for place, others in near.items():
-            taken = {expert for there, expert in moved.items() if there.layer == place.layer}
-            free = [e for e in others[draw:] + others[:draw] if e not in taken]
-            if not free:
-                return found
-            moved[place] = free[0]
-        edits = tuple(_moved(edit, moved, trace) for edit in steering.edits)
-        found.append(steering.model_copy(update={"edits": edits}))
+        moved = _dealt(near, draw)
+        if moved is not None:
+            edits = tuple(_moved(edit, moved, trace) for edit in steering.edits)
+            found.append(steering.model_copy(update={"edits": edits}))
     return found
+
+
+def _dealt(near: dict[Place, list[int]], draw: int) -> dict[Place, int] | None:
+    """Another expert of its layer for each place; None where the last ones find none free."""
+    dealt: dict[Place, int] = {}
+    taken: set[Place] = set()
+    for place, others in near.items():
+        free = (e for e in others[draw:] + others[:draw] if Place(place.layer, e) not in taken)
+        expert = next(free, None)
+        if expert is None:
+            return None
+        dealt[place] = expert
+        taken.add(Place(place.layer, expert))
+    return dealt
 
 
 def _moved(edit: AnyEdit, moved: dict[Place, int], trace: Trace) -> AnyEdit:

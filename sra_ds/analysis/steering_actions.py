@@ -111,7 +111,7 @@ ACTIONS = {
             },
             "--divergence": {
                 "type": float,
-                "default": 0.01,
+                "default": 0.005,
                 "help": "of the card: nats per token it may cost on neutral text (default: %(default)s)",
             },
             "--lower": {"action": "store_true", "help": "a card for less of the words"},
