@@ -87,7 +87,9 @@ def _measures(analyses: list[Analysis]) -> Figure | None:
                 )
         axes.set_title(name.replace("_", " "))
         axes.set_xticks(range(len(analyses[0].measures)))
-    grid[0, 0].legend(fontsize=7)
+        axes.set_xlabel("layer")
+    columns = 2 + len(analyses)
+    grid[0, 0].legend(loc="lower center", bbox_to_anchor=(1.05, 1.2), ncols=columns, fontsize=8)
     figure.tight_layout()
     return figure
 

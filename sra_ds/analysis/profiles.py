@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest, mannwhitneyu
+from scipy.stats import binomtest, mannwhitneyu, norm
 from tokenizers import Tokenizer
 
 from sra_ds.analysis.anchors import AnchorSpace, nearest_tokens
@@ -162,9 +162,15 @@ def coherence_over_untrained(coherences: list[Measured], twins: list[Measured]) 
         for _ in range(RESAMPLES)
     ]
     low, high = np.quantile([part.mean() for part in resampled], [0.025, 0.975])
-    test = mannwhitneyu(own, other, alternative="greater")
+    spread = np.sqrt((own.size + other.size + 1) / (12 * own.size * other.size))
     return Measured(
-        float(wins.mean()), chance=0.5, low=float(low), high=float(high), p=float(test.pvalue)
+        value=float(wins.mean()),
+        chance=0.5,
+        null_mean=0.5,
+        null_95=float(0.5 + norm.ppf(0.95) * spread),
+        low=float(low),
+        high=float(high),
+        p=float(mannwhitneyu(own, other, alternative="greater").pvalue),
     )
 
 
