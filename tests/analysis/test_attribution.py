@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from sra_ds.analysis.attribution import (
     attribute,
@@ -68,6 +69,18 @@ def test_without_other_words_it_is_the_slope_of_their_share(loaded):
             shares.append(read_words(loaded.model, batches, WordSets([10], []))["share"])
     expected_B = (shares[0] - shares[1]) / (2 * STEP)
     np.testing.assert_allclose(slopes_BLE[:, layer, expert], expected_B, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_slopes_and_costs_of_a_gpu(loaded):
+    loaded.model.float()
+    batches = prompt_batches(loaded, ["one", "two words"])
+    here = gate_slopes(loaded.model, batches, WORDS), gate_cost(loaded.model, batches)
+    loaded.model.to("cuda")
+    there = gate_slopes(loaded.model, batches, WORDS), gate_cost(loaded.model, batches)
+    for own, other in zip(here, there, strict=True):
+        np.testing.assert_allclose(own, other, atol=1e-3, rtol=1e-2)
 
 
 def test_nothing_is_left_in_the_model(loaded):

@@ -278,6 +278,19 @@ def test_a_pass_that_dies_leaves_nothing_and_the_next_one_works(
     assert list(folder.parent.iterdir()) == [folder]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_traces_what_the_cpu_does(make_model: Any, split: TokenSplit, tmp_path: Path) -> None:
+    model = make_model()
+    here = record(model, split, how(), tmp_path / "cpu", {})
+    there = how()._replace(device=torch.device("cuda"))
+    found = record(model.to("cuda"), split, there, tmp_path / "cuda", {})
+    np.testing.assert_array_equal(found.tokens_N, here.tokens_N)
+    assert (found.experts_NLK == here.experts_NLK).mean() > 0.99  # a tie may fall the other way
+    assert (found.untrained_NLK == here.untrained_NLK).mean() > 0.99
+    assert found.load_LE.sum() == here.load_LE.sum()
+
+
 def test_what_is_no_trace_is_refused(make_model: Any, split: TokenSplit, tmp_path: Path) -> None:
     folder = tmp_path / "trace"
     with pytest.raises(DataError, match="not a routing trace"):

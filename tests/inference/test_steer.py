@@ -256,6 +256,26 @@ def test_decoding_step_by_step_equals_the_whole_text(model):
     torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@torch.no_grad()
+def test_a_gpu_is_steered_like_the_cpu(model):
+    """Every kind of edit, with vectors that a card brings from the CPU."""
+    vector = tuple(torch.linspace(-1, 1, model.config.width).tolist())
+    edits = (
+        Suppress(layer=0, expert=1),
+        Boost(layer=0, expert=2, by=1.5),
+        Pin(layer=1, expert=0),
+        Scale(layer=1, expert=3, by=0.5, renormalise=True),
+        Towards(layer=0, expert=3, strength=0.3, direction=vector),
+        Replace(layer=1, expert=2, output=vector),
+    )
+    here, _ = run(model, *edits)
+    with steered(model.to("cuda"), steering(*edits)):
+        there = model(IDS.to("cuda")).logits.cpu()
+    torch.testing.assert_close(there, here, atol=1e-3, rtol=1e-3)
+
+
 def test_compiled_kernels_and_torch_functions_are_steered_alike(tiny_recipe, monkeypatch):
     model = varied(tiny_recipe("moe-cosine"))
     edits = (Suppress(layer=0, expert=1), Scale(layer=1, expert=0, by=2.0))
