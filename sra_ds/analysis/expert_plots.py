@@ -87,10 +87,11 @@ def _measures(analyses: list[Analysis]) -> Figure | None:
                 )
         axes.set_title(name.replace("_", " "))
         axes.set_xticks(range(len(analyses[0].measures)))
+    for axes in grid.ravel()[max(len(names) - 2, 0) : len(names)]:
         axes.set_xlabel("layer")
-    columns = 2 + len(analyses)
-    grid[0, 0].legend(loc="lower center", bbox_to_anchor=(1.05, 1.2), ncols=columns, fontsize=8)
     figure.tight_layout()
+    columns = 2 + len(analyses)
+    grid[0, 0].legend(loc="lower center", bbox_to_anchor=(1.05, 1.15), ncols=columns, fontsize=8)
     return figure
 
 
