@@ -60,6 +60,7 @@ def show(result: dict[str, Any]) -> None:
         print(f"{summary['run']}: {own} of the experts are more coherent than their null "
               f"(chance 5 %, untrained router {untrained})")  # fmt: skip
         cli.show_tree(summary["kinds"], 2)
+        print(f"  most coherent over their null: {' '.join(summary['most_coherent'])}")
     print(f"open {result['report']}")
 
 

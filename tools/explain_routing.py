@@ -9,6 +9,7 @@ from typing import Any
 from sra_ds import cli
 from sra_ds.analysis.explain import Choice, Explanation, explain
 from sra_ds.analysis.report import explanation_html
+from sra_ds.errors import ConfigError
 from sra_ds.inference.load import load_run
 from sra_ds.inference.steer import steered_by
 from sra_ds.storage.run_dir import write_atomically
@@ -32,6 +33,11 @@ def command(arguments: argparse.Namespace) -> dict[str, Any]:
     """Explain, and write the page if asked for."""
     device, _ = choose_device()
     loaded = load_run(arguments.run, arguments.checkpoint, device)
+    layers = len(loaded.model.routers())
+    if arguments.layer is not None and arguments.layer >= layers > 0:
+        raise ConfigError(
+            f"--layer {arguments.layer}: the model has {layers} routed layers, from 0"
+        )
     with steered_by(loaded.model, arguments.steer):
         explanation = explain(loaded, arguments.text, arguments.near)
     if arguments.html is not None:

@@ -52,10 +52,11 @@ def show(result: dict[str, Any]) -> None:
     """Experts as tables, anything else as a tree."""
     for row in result.get("experts", [])[: result.get("top", 0)]:
         value = row["slope"] if "slope" in row else row["risk_difference"]
-        interval = f"[{row['low']:+.4f}, {row['high']:+.4f}]  p {row['p_adjusted']:.3f} (adjusted)"
-        print(f"{row['layer']}:{row['expert']:<5} {value:+.4f} {interval}")
+        low, high = (float("nan") if row[n] is None else row[n] for n in ("low", "high"))
+        interval = f"[{low:+.3g}, {high:+.3g}]  p {row['p_adjusted']:.3f} (adjusted)"
+        print(f"{row['layer']}:{row['expert']:<5} {value:+.3g} {interval}")
     for name, one in result.pop("effect", {}).items():
-        change = f"{one['before']:.5f} -> {one['after']:.5f}"
+        change = f"{one['before']:.5g} -> {one['after']:.5g}"
         print(f"{name:<10} {change}  change {told(one['change'])}")
     for row in result.get("verified", []):
         print(f"{row['layer']}:{row['expert']}  {' '.join(row['tokens'])}")
@@ -70,8 +71,8 @@ def show(result: dict[str, Any]) -> None:
 def told(change: dict[str, float | None]) -> str:
     """A change with its interval and null."""
     one = {name: float("nan") if value is None else value for name, value in change.items()}
-    interval = f"[{one['low']:+.5f}, {one['high']:+.5f}]"
-    return f"{one['value']:+.5f} {interval}  null {one['null_95']:.5f}, p {one['p']:.3f}"
+    interval = f"[{one['low']:+.3g}, {one['high']:+.3g}]"
+    return f"{one['value']:+.3g} {interval}  null {one['null_95']:.3g}, p {one['p']:.3f}"
 
 
 if __name__ == "__main__":

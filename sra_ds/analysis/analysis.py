@@ -192,7 +192,7 @@ def _measure(loaded: LoadedRun, trace: Trace, facts: dict[str, Any], plane: str)
     return Analysis(
         facts,
         adjust_over_layers(measures),
-        [anchor_space.geometry(space.anchors_ED) for space in spaces],
+        adjust_over_layers([anchor_space.geometry(space.anchors_ED) for space in spaces]),
         profiles,
         trace.load_LE,
         trace.pairs_LEE,

@@ -5,8 +5,8 @@
     cost    F = mean of (d / dc log P(next token))^2, the Fisher information of the gate: on neutral text
             gates times 1 + d cost about F d^2 / 2 nats of KL divergence per token
     card    d = b slope / (F + damping) between -1 and 1: the largest change of the words for a
-            divergence, which sets b, if gates act independently and alike at every dose (the natural
-            gradient of Amari 1998, diagonal)
+            divergence if gates act independently and alike at every dose (the natural gradient of
+            Amari 1998, diagonal). They do not, so b is set by the divergence that is measured.
 
 Next tokens are drawn from the model, so F needs no labels; choices that flip in later layers are not in
 it. The interval of a slope resamples units, p flips their signs, adjusted over all experts. `detect`
@@ -24,10 +24,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sra_ds.analysis.effect import WordSets
+from sra_ds.analysis.effect import WordSets, log_probs, mean_divergence
 from sra_ds.analysis.statistics import benjamini_hochberg
-from sra_ds.config.steering import Scale
+from sra_ds.config.steering import Scale, Steering
 from sra_ds.data.loader import IGNORED, Batch
+from sra_ds.heap import giving_back
+from sra_ds.inference.steer import steered
 from sra_ds.model.language_model import LanguageModel
 from sra_ds.moe.routing import Routing
 
@@ -36,6 +38,8 @@ SIGNIFICANT = 0.05
 SEED = 0
 BISECTIONS = 100
 TINY = 1e-300
+FIT_BATCHES = 8
+FIT_STEPS = 12
 DAMPING = 0.1
 """In medians of F: an expert that hardly any token of the neutral text uses is not free."""
 
@@ -83,9 +87,7 @@ def gate_slopes(model: LanguageModel, batches: Sequence[Batch], words: WordSets)
             value_BT = (own_BT - logits_BTV.logsumexp(-1)).exp()
         return value_BT / counted_BT.sum(-1, keepdim=True)
 
-    return np.concatenate(
-        [_gradient(model, batch, measure) for batch in tqdm(batches, "slopes", leave=False)]
-    )
+    return np.concatenate([_gradient(model, batch, measure) for batch in _each(batches, "slopes")])
 
 
 def gate_cost(model: LanguageModel, batches: Sequence[Batch], seed: int = SEED) -> Floats:
@@ -101,11 +103,15 @@ def gate_cost(model: LanguageModel, batches: Sequence[Batch], seed: int = SEED) 
         return log_probs_BTV.gather(-1, drawn_BT1).squeeze(-1)
 
     squares_LE, tokens = np.zeros(0), 0
-    for batch in tqdm(batches, "costs", leave=False):
+    for batch in _each(batches, "costs"):
         own_LE = (_gradient(model, batch, drawn) ** 2).sum(0)
         squares_LE = squares_LE + own_LE if tokens else own_LE
         tokens += int((batch.targets_BT != IGNORED).sum())
     return squares_LE / tokens
+
+
+def _each(batches: Sequence[Batch], what: str) -> Iterator[Batch]:
+    return iter(tqdm(giving_back(batches), what, len(batches), leave=False))
 
 
 def _gradient(
@@ -131,11 +137,13 @@ def attribute(slopes_BLE: Floats, cost_LE: Floats) -> list[dict[str, Any]]:
     mean_P = flat_BP.mean(0)
     rng = np.random.default_rng(SEED)
     flipped_RP = rng.choice((-1.0, 1.0), (DRAWS, units)) @ flat_BP / units
-    beyond_P = (np.abs(flipped_RP) >= np.abs(mean_P) - 1e-12).sum(0)
+    beyond_P = (np.abs(flipped_RP) >= np.abs(mean_P) * (1 - 1e-9)).sum(0)
     p_P = (1 + beyond_P) / (1 + DRAWS)
     adjusted_P = benjamini_hochberg(p_P.tolist())
-    drawn_RP = rng.multinomial(units, np.full(units, 1 / units), DRAWS) @ flat_BP / units
-    low_P, high_P = np.quantile(drawn_RP, [0.025, 0.975], axis=0)
+    low_P, high_P = np.full((2, len(mean_P)), np.nan)
+    if units > 1:
+        drawn_RP = rng.multinomial(units, np.full(units, 1 / units), DRAWS) @ flat_BP / units
+        low_P, high_P = np.quantile(drawn_RP, [0.025, 0.975], axis=0)
     cost_P = cost_LE.ravel() + max(DAMPING * float(np.median(cost_LE)), TINY)
     gain_P = np.abs(mean_P) / np.sqrt(cost_P)
     return [
@@ -143,8 +151,8 @@ def attribute(slopes_BLE: Floats, cost_LE: Floats) -> list[dict[str, Any]]:
             "layer": int(at // experts),
             "expert": int(at % experts),
             "slope": float(mean_P[at]),
-            "low": float(low_P[at]),
-            "high": float(high_P[at]),
+            "low": None if units < 2 else float(low_P[at]),
+            "high": None if units < 2 else float(high_P[at]),
             "cost": float(cost_P[at]),
             "gain": float(gain_P[at]),
             "p": float(p_P[at]),
@@ -167,6 +175,31 @@ def cheapest(rows: Sequence[dict[str, Any]], divergence: float, lower: bool = Fa
     ]
 
 
+def fitted(
+    model: LanguageModel,
+    rows: Sequence[dict[str, Any]],
+    batches: Sequence[Batch],
+    divergence: float,
+    lower: bool = False,
+) -> tuple[list[Scale], float]:
+    """The edits of `cheapest` whose *measured* divergence on at most `FIT_BATCHES` of the batches is the
+    one asked for, to 5 %, and that divergence; less where all gates have reached their limits."""
+    chosen = batches[:: -(-len(batches) // FIT_BATCHES)]
+    bases = [log_probs(model, batch) for batch in chosen]
+    budget, edits, measured = divergence, cheapest(rows, divergence, lower), 0.0
+    for _ in tqdm(range(FIT_STEPS), "fitting", leave=False):
+        with steered(model, Steering(edits=tuple(edits))):
+            measured = mean_divergence(model, chosen, bases)
+        if measured == 0 or abs(measured / divergence - 1) < 0.05:
+            break
+        budget *= divergence / measured
+        further = cheapest(rows, budget, lower)
+        if further == edits:
+            break
+        edits = further
+    return edits, measured
+
+
 def _within(direction_P: Floats, cost_P: Floats, divergence: float) -> Floats:
     """clip(b direction, -1, 1) with b as large as sum(cost step^2) / 2 <= divergence allows."""
 
@@ -176,7 +209,7 @@ def _within(direction_P: Floats, cost_P: Floats, divergence: float) -> Floats:
     sizes_P = np.abs(direction_P[direction_P != 0])
     if not sizes_P.size:
         return direction_P
-    low, high = 0.0, float(1 / sizes_P.min())
+    low, high = 0.0, float(2 / sizes_P.min())  # by half of it all are at their limits
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         if float((cost_P * step(middle) ** 2).sum() / 2) <= divergence:

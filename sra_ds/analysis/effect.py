@@ -1,8 +1,10 @@
 """What a steering does to the words a user names: before, after, against a null.
 
     share       probability that the next token is one of the words, mean over places
+    others      the same of the other words
     log odds    log P(words) - log P(the other words), mean over places
     imbalance   |log P(words) - log P(the other words)|, mean over places
+    spread      distance of a unit's log odds from the mean of all units
 
 A place is every position of neutral text, or the end of a prompt; intervals are over windows of text or
 over prompts. The null makes the same edits to other experts of the same layers and of nearest load.
@@ -27,6 +29,7 @@ from sra_ds.data.loader import IGNORED, Batch, document_ids
 from sra_ds.data.shards import TokenSplit
 from sra_ds.data.tokenizer import end_of_text_id
 from sra_ds.errors import ConfigError
+from sra_ds.heap import giving_back
 from sra_ds.inference.generate import left_padded
 from sra_ds.inference.load import LoadedRun
 from sra_ds.inference.places import Place
@@ -107,6 +110,31 @@ def log_probs(model: LanguageModel, batch: Batch) -> Tensor:
     return log_probs_BTV
 
 
+def mean_divergence(
+    model: LanguageModel, batches: Sequence[Batch], bases: Iterable[Tensor]
+) -> float:
+    """KL divergence in nats per token of a model from what it was, by its log probabilities then."""
+    total = tokens = 0.0
+    for batch, was_BTV in zip(batches, bases, strict=True):
+        kl_BT = (was_BTV.exp() * (was_BTV - log_probs(model, batch))).sum(-1).cpu()
+        counted_BT = batch.targets_BT != IGNORED
+        total += float(kl_BT[counted_BT].double().sum())
+        tokens += int(counted_BT.sum())
+    return total / tokens
+
+
+def divergence(model: LanguageModel, steering: Steering, batches: Sequence[Batch]) -> float:
+    """KL divergence in nats per token of a steered model from the unsteered one."""
+    parts = []
+    for batch in giving_back(batches):
+        base_BTV = log_probs(model, batch)
+        with steered(model, steering):
+            one = mean_divergence(model, [batch], [base_BTV])
+        parts.append((one, int((batch.targets_BT != IGNORED).sum())))
+    values, weights = zip(*parts, strict=True)
+    return float(np.average(values, weights=weights))
+
+
 def unit_means(values_BT: Tensor, counted_BT: Tensor) -> Floats:
     """Mean over the counted positions of each window."""
     kept_BT = torch.where(counted_BT, values_BT.cpu().double(), 0.0)
@@ -119,17 +147,21 @@ def read_words(
 ) -> dict[str, Floats]:
     """The measures of each unit, in the order of the batches."""
     found: dict[str, list[Floats]] = {}
-    for batch in batches:
+    for batch in giving_back(batches):
         counted_BT = batch.targets_BT != IGNORED
         log_probs_BTV = log_probs(model, batch)
         own_BT = log_probs_BTV[..., words.own_S].logsumexp(-1)
         values = {"share": own_BT.exp()}
         if words.others_S:
             odds_BT = own_BT - log_probs_BTV[..., words.others_S].logsumexp(-1)
-            values |= {"log_odds": odds_BT, "imbalance": odds_BT.abs()}
+            others_BT = (own_BT - odds_BT).exp()
+            values |= {"others": others_BT, "log_odds": odds_BT, "imbalance": odds_BT.abs()}
         for name, values_BT in values.items():
             found.setdefault(name, []).append(unit_means(values_BT, counted_BT))
-    return {name: np.concatenate(parts) for name, parts in found.items()}
+    measures = {name: np.concatenate(parts) for name, parts in found.items()}
+    if words.others_S:
+        measures["spread"] = np.abs(measures["log_odds"] - measures["log_odds"].mean())
+    return measures
 
 
 class Effect(NamedTuple):

@@ -15,7 +15,7 @@ from sra_ds.data.tokenizer import end_of_text_id
 from sra_ds.errors import DataError
 from sra_ds.inference.load import LoadedRun
 from sra_ds.moe.routing import Routing
-from sra_ds.storage.run_dir import RunDir, read_json_object
+from sra_ds.storage.run_dir import read_json_object
 
 KNOWN_TOKENS = 5
 
@@ -83,13 +83,13 @@ def explain(loaded: LoadedRun, text: str, near: int = 3) -> Explanation:
         _, routings, _ = model.encode(ids_BT, documents_BT, keep_scores=True)
         layers = [_decide(r, routing, near) for r, routing in zip(routers, routings, strict=True)]
         decisions += [list(own) for own in zip(*layers, strict=True)]
-    return Explanation(readable(loaded.tokenizer, ids), decisions, known_experts(loaded.run))
+    return Explanation(readable(loaded.tokenizer, ids), decisions, known_experts(loaded))
 
 
-def known_experts(run: RunDir) -> dict[str, dict[str, Any]]:
-    """Specialisation and top tokens of each expert, if the run was analysed."""
-    path = run.path / "analysis.json"
-    if not path.is_file():
+def known_experts(loaded: LoadedRun) -> dict[str, dict[str, Any]]:
+    """Specialisation and top tokens of each expert, if this checkpoint of the run was analysed."""
+    path = loaded.run.path / "analysis.json"
+    if not path.is_file() or read_json_object(path).get("step") != loaded.trainer["step"]:
         return {}
     return {
         f"{expert['layer']}:{expert['expert']}": {
@@ -104,12 +104,15 @@ def _decide(router: Any, routing: Routing, near: int) -> list[Decision]:
     assert routing.scores_TE is not None
     scores_TE = routing.scores_TE.double().cpu()
     cosines_TE = _cosines(router, scores_TE)
-    top_k = routing.expert_ids_TK.shape[1]
     order_TE = scores_TE.argsort(dim=1, descending=True, stable=True)
     decisions = []
     for token, chosen in enumerate(routing.expert_ids_TK.tolist()):
         gates = routing.gates_TK[token].tolist()
-        others = [e for e in order_TE[token, : top_k + near].tolist() if e not in chosen][:near]
+        others = [
+            e
+            for e in order_TE[token].tolist()
+            if e not in chosen and scores_TE[token, e].isfinite()  # not of one that is suppressed
+        ]
 
         def choice(expert: int, gate: float | None, at: int = token) -> Choice:
             cosine = None if cosines_TE is None else float(cosines_TE[at, expert])
@@ -118,7 +121,7 @@ def _decide(router: Any, routing: Routing, near: int) -> list[Decision]:
         picked = [choice(e, g) for e, g in zip(chosen, gates, strict=True)]
         missed = [choice(expert, None) for expert in others]
         margin = min(c.score for c in picked) - missed[0].score if missed else None
-        decisions.append(Decision(picked, missed, margin))
+        decisions.append(Decision(picked, missed[:near], margin))
     return decisions
 
 

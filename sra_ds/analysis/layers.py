@@ -14,6 +14,7 @@ from sra_ds.analysis.statistics import (
     Measured,
     block_of_documents,
     measured,
+    resampling_weights,
     with_adjusted_p,
 )
 from sra_ds.analysis.subtokens import neighbours_within_words, subtoken_coherence
@@ -121,9 +122,17 @@ def co_activation(routes: Routes) -> Measured:
     for _ in range(PERMUTATIONS):
         swapped_NK = swap_choices(swapped_NK, rng)
         null.append(_strongest_partner(pair_counts(swapped_NK, routes.experts)))
-    value = _strongest_partner(pair_counts(routes.experts_NK, routes.experts))
+    blocks = np.unique(routes.block_N)
+    parts_BEE = np.stack(
+        [pair_counts(routes.experts_NK[routes.block_N == b], routes.experts) for b in blocks]
+    )
+    resampled = [
+        _strongest_partner(np.tensordot(weights_B, parts_BEE, 1))
+        for weights_B in resampling_weights(len(blocks))
+    ]
+    value = _strongest_partner(parts_BEE.sum(0))
     untrained = _strongest_partner(pair_counts(routes.untrained_NK, routes.experts))
-    return measured(value, np.array(null), np.empty(0), untrained=untrained)
+    return measured(value, np.array(null), np.array(resampled), untrained=untrained)
 
 
 def swap_choices(experts_NK: NDArray[np.integer], rng: np.random.Generator) -> NDArray[np.integer]:

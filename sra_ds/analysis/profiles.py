@@ -148,11 +148,10 @@ def share_above_null(coherences: list[Measured], twins: list[Measured]) -> Measu
 
 
 def coherence_over_untrained(coherences: list[Measured], twins: list[Measured]) -> Measured:
-    """Probability that an expert's words are more coherent than those of an expert of the untrained
-    router on the same vectors (ties half); chance is 1/2, p that of Mann and Whitney's test, the
-    interval resamples the experts of both."""
-    own = np.array([one.value for one in coherences if np.isfinite(one.value)])
-    other = np.array([one.value for one in twins if np.isfinite(one.value)])
+    """Probability that an expert's words exceed the coherence of other words of their frequencies by
+    more than those of an expert of the untrained router on the same vectors do (ties half); chance is
+    1/2, p that of Mann and Whitney's test, the interval resamples the experts of both."""
+    own, other = _excesses(coherences), _excesses(twins)
     if not own.size or not other.size:
         return Measured(float("nan"), chance=0.5)
     wins = (own[:, None] > other) + 0.5 * (own[:, None] == other)
@@ -172,6 +171,18 @@ def coherence_over_untrained(coherences: list[Measured], twins: list[Measured]) 
         high=float(high),
         p=float(mannwhitneyu(own, other, alternative="greater").pvalue),
     )
+
+
+def excess(coherence: Measured) -> float:
+    """Coherence over the mean of its null: common words are more coherent than rare ones, whatever
+    expert they go to."""
+    return coherence.value - coherence.null_mean
+
+
+def _excesses(coherences: list[Measured]) -> NDArray[np.float64]:
+    found = np.array([excess(one) for one in coherences])
+    known: NDArray[np.float64] = found[np.isfinite(found)]
+    return known
 
 
 def profile_layer(

@@ -17,6 +17,7 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 from sra_ds.analysis.analysis import Analysis
 from sra_ds.analysis.expert_plots import INK, draw_analysis
 from sra_ds.analysis.explain import Explanation
+from sra_ds.analysis.profiles import excess
 from sra_ds.storage.run_dir import write_atomically
 
 MEANINGS = {
@@ -29,8 +30,8 @@ MEANINGS = {
     "subtoken_overlap": "Jaccard overlap of their choices",
     "co_activation": "share of an expert's tokens that its usual partner serves, too",
     "coherent_share": "experts whose words are more coherent than their 95 % null",
-    "coherence_over_untrained": "how often an expert's words are more coherent than those of an expert "
-    "of the untrained router",
+    "coherence_over_untrained": "how often an expert's words exceed their null by more than those of an "
+    "expert of the untrained router",
 }
 CAPTIONS = {
     "measures": "Every measure by layer; bars are 95 % intervals.",
@@ -46,6 +47,7 @@ CAPTIONS = {
     "saturation": "Share of the final choices that earlier checkpoints had made; the line is chance.",
     "sweeps": "Perplexity with other numbers of experts per token, and with experts suppressed.",
 }
+MOST_COHERENT = 10
 COLUMNS = (
     "layer", "expert", "kind", "specialisation", "load", "dead_by_routes", "dead_by_tokens",
     "top_tokens", "top_words", "nearest_tokens", "vocabulary_specialisation", "function_share", "partner",
@@ -163,12 +165,15 @@ def _summary(analysis: Analysis) -> dict[str, Any]:
     shares = [layer["coherent_share"] for layer in analysis.measures]
     over = [layer["coherence_over_untrained"] for layer in analysis.measures]
     experts = [p for layer in analysis.profiles for p in layer]
+    tested = [p for p in experts if math.isfinite(excess(p.coherence))]
+    ranked = sorted(tested, key=lambda p: -excess(p.coherence))
     kinds = ("semantic", "syntactic", "mixed", "idle")
     return {
         "coherent": _mean([share.value for share in shares]),
         "coherent_untrained": _mean([share.untrained for share in shares]),
         "coherence_over_untrained": [one.as_dict() for one in over],
         "subtoken_agreement": [m["subtoken_agreement"].as_dict() for m in analysis.measures],
+        "most_coherent": [f"{p.layer}:{p.expert}" for p in ranked[:MOST_COHERENT]],
         "kinds": {kind: sum(p.kind == kind for p in experts) for kind in kinds},
     }
 

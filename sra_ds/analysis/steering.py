@@ -10,13 +10,14 @@ from pydantic import ValidationError
 from sra_ds.analysis.analysis import trace_run
 from sra_ds.analysis.attribution import (
     attribute,
-    cheapest,
+    fitted,
     gate_cost,
     gate_slopes,
 )
 from sra_ds.analysis.detect import detect, read_texts
 from sra_ds.analysis.effect import (
     WordSets,
+    divergence,
     effect,
     neutral_batches,
     prompt_batches,
@@ -25,7 +26,7 @@ from sra_ds.analysis.effect import (
 from sra_ds.analysis.steering_actions import ACTIONS, LEAST, Values
 from sra_ds.analysis.traces import Pass, Trace
 from sra_ds.analysis.verify import choose_targets, verify
-from sra_ds.config.steering import Steering
+from sra_ds.config.steering import Scale, Steering
 from sra_ds.data.loader import Batch
 from sra_ds.data.shards import TokenSplit
 from sra_ds.data.tokenizer import end_of_text_id
@@ -123,19 +124,24 @@ def _attribute(loaded: LoadedRun, values: Values) -> dict[str, Any]:
         slopes_BLE = gate_slopes(loaded.model, _places(loaded, values, text.split), words)
         neutral = neutral_batches(loaded, text.split, values["tokens"])
         rows = attribute(slopes_BLE, gate_cost(loaded.model, neutral))
-    result: dict[str, Any] = {"units": len(slopes_BLE), "top": values["top"], "experts": rows}
-    if values["out"] is not None:
-        edits = cheapest(rows, values["divergence"], values["lower"])
-        if not edits:
-            raise ConfigError(
-                "no expert's slope is significant, so there is nothing for a card to scale; give "
-                "more --tokens, or more --prompts"
-            )
-        name = f"{'less' if values['lower'] else 'more'} {' '.join(values['words'])}"
-        steering = Steering(name=name, made_for=_made_for(loaded), edits=tuple(edits))
-        save_card(steering, values["out"])
-        result |= {"card": str(values["out"]), "scaled": len(edits)}
+        result: dict[str, Any] = {"units": len(slopes_BLE), "top": values["top"], "experts": rows}
+        if values["out"] is not None:
+            fit = fitted(loaded.model, rows, neutral, values["divergence"], values["lower"])
+            result |= _save_attributed(loaded, *fit, values)
     return result
+
+
+def _save_attributed(
+    loaded: LoadedRun, edits: list[Scale], divergence: float, values: Values
+) -> dict[str, Any]:
+    if not edits:
+        raise ConfigError(
+            "no expert's slope is significant, so there is nothing for a card to scale; give "
+            "more --tokens, or more --prompts"
+        )
+    name = f"{'less' if values['lower'] else 'more'} {' '.join(values['words'])}"
+    save_card(Steering(name=name, made_for=_made_for(loaded), edits=tuple(edits)), values["out"])
+    return {"card": str(values["out"]), "scaled": len(edits), "divergence": divergence}
 
 
 def _effect(loaded: LoadedRun, values: Values, device: torch.device) -> dict[str, Any]:
@@ -147,6 +153,8 @@ def _effect(loaded: LoadedRun, values: Values, device: torch.device) -> dict[str
         batches = _places(loaded, values, text.split)
         found = effect(loaded, steering, batches, words, trace)
         cost = steering_cost(loaded, steering, text.split, values["tokens"], device)
+        neutral = neutral_batches(loaded, text.split, values["tokens"])
+        cost["divergence"] = divergence(loaded.model, steering, neutral)
     return {
         "name": steering.name,
         "units": sum(len(batch.ids_BT) for batch in batches),

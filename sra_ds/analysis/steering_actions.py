@@ -10,7 +10,8 @@ Options = dict[str, dict[str, Any]]
 
 MEASURE: Options = {
     "--measure-tokens": {
-        "type": int, "default": 32_768, "help": "validation tokens for its cost; 0: skip",
+        "type": int, "default": 32_768,
+        "help": "of validation documents, whole ones, for its cost; 0: skip",
     }
 }  # fmt: skip
 TRACE: Options = {
@@ -112,7 +113,7 @@ ACTIONS = {
             "--divergence": {
                 "type": float,
                 "default": 0.005,
-                "help": "of the card: nats per token it may cost on neutral text (default: %(default)s)",
+                "help": "of the card: KL in nats per token on neutral text (default: %(default)s)",
             },
             "--lower": {"action": "store_true", "help": "a card for less of the words"},
         },

@@ -6,6 +6,9 @@ from pydantic import Field
 
 from sra_ds.config.base import BY_KIND, Part
 
+LARGEST = 1e6
+"""No factor, boost or strength needs to be larger, and products of this size are finite."""
+
 
 class Edit(Part):
     """One expert of one routed layer, both counted from 0."""
@@ -24,7 +27,7 @@ class Boost(Edit):
     """Its score plus `by`, in units of scores (cosine times temperature)."""
 
     kind: Literal["boost"] = "boost"
-    by: float = Field(allow_inf_nan=False)
+    by: float = Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)
 
 
 class Pin(Edit):
@@ -37,7 +40,7 @@ class Scale(Edit):
     """Its gate times `by`."""
 
     kind: Literal["scale"] = "scale"
-    by: float = Field(ge=0, allow_inf_nan=False)
+    by: float = Field(ge=0, le=LARGEST, allow_inf_nan=False)
     renormalise: bool = False
     """Rescale the token's gates to the sum they had."""
 
@@ -46,7 +49,7 @@ class Towards(Edit):
     """Move what router and experts are given: x + strength |x| direction / |direction|."""
 
     kind: Literal["towards"] = "towards"
-    strength: float = Field(allow_inf_nan=False)
+    strength: float = Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)
     """In lengths of the token's own vector; negative steers away."""
     direction: Literal["anchor"] | tuple[float, ...] = "anchor"
     """The expert's anchor, or a vector such as the mean of what it is given (its centroid)."""

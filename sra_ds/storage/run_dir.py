@@ -172,6 +172,8 @@ def finished_folder(final: Path, advice: str) -> Iterator[Path]:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"{final}: another process is writing it; {advice}") from None
+        if not mark.exists():  # renamed between our opening and locking it
+            raise ConfigError(f"{final}: another process has just written it; {advice}")
         try:
             _clear(partial, mark)
             yield partial

@@ -9,12 +9,14 @@ import torch
 from sra_ds.analysis.attribution import (
     attribute,
     cheapest,
+    fitted,
     gate_cost,
     gate_factors,
     gate_slopes,
 )
 from sra_ds.analysis.effect import (
     WordSets,
+    divergence,
     log_probs,
     neutral_batches,
     prompt_batches,
@@ -146,6 +148,21 @@ def test_the_divergence_is_spent_where_it_changes_most():
     more = steps(0.2)
     assert more[1] == -1 and 0 < more[2] < 1  # what one may not spend goes to the others
     assert (costs * more**2).sum() / 2 == pytest.approx(0.2)
+
+
+def test_a_card_has_the_divergence_that_was_asked_for(loaded):
+    with open_text(loaded) as text:
+        batches = neutral_batches(loaded, text.split, 480)
+    slopes_BLE = gate_slopes(loaded.model, batches, WORDS)
+    rows = attribute(slopes_BLE, gate_cost(loaded.model, batches))
+    edits, measured = fitted(loaded.model, rows, batches, 0.002)
+    sample = batches[:: -(-len(batches) // 8)]
+    assert measured == pytest.approx(
+        divergence(loaded.model, Steering(edits=tuple(edits)), sample), rel=1e-6
+    )
+    assert measured == pytest.approx(0.002, rel=0.05)
+    most, reached = fitted(loaded.model, rows, batches, 1e3)
+    assert 0 < reached < 1e3 and {edit.by for edit in most} <= {0.0, 2.0}
 
 
 def test_nothing_significant_gives_no_edits():

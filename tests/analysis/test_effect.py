@@ -51,10 +51,14 @@ def test_measures_by_hand(traced):
             own = row[-counted:, WORDS.own_S].sum(-1)  # a short window keeps its context
             odds = (own / row[-counted:, WORDS.others_S].sum(-1)).log()
             assert found["share"][window] == pytest.approx(float(own.mean()), rel=1e-5)
+            others = row[-counted:, WORDS.others_S].sum(-1)
+            assert found["others"][window] == pytest.approx(float(others.mean()), rel=1e-5)
             assert found["log_odds"][window] == pytest.approx(float(odds.mean()), abs=1e-5)
             assert found["imbalance"][window] == pytest.approx(float(odds.abs().mean()), abs=1e-5)
             window += 1
     assert window == 5
+    spread_B = np.abs(found["log_odds"] - found["log_odds"].mean())
+    assert np.array_equal(found["spread"], spread_B)
 
 
 def test_without_other_words_there_are_no_odds(traced):
@@ -147,8 +151,8 @@ def test_the_command(make_run, call, tmp_path):
     options = ("--words", "a", "--against", "b", "--tokens", 64, "--trace-tokens", 300)
     tree = call("steer", "--run", run, "--json", "effect", card, *options).tree
     assert tree["name"] == "quiet" and tree["units"] == 4
-    assert set(tree["effect"]) == {"share", "log_odds", "imbalance"}
-    assert tree["cost"]["before"] > 1
+    assert set(tree["effect"]) == {"share", "others", "log_odds", "imbalance", "spread"}
+    assert tree["cost"]["before"] > 1 and tree["cost"]["divergence"] > 0
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one\ntwo words\n\nthree more words\n")
     shown = call("steer", "--run", run, "effect", card, *options, "--prompts", prompts).out

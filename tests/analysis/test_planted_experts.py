@@ -145,7 +145,10 @@ def test_content_is_coherent_and_semantic(planted: Analysis) -> None:
 
 
 def test_grammar_is_told_from_meaning(planted: Analysis) -> None:
-    """Pronouns are as coherent as months, and yet of a closed class; so are prepositions."""
+    """Pronouns are as coherent as months, and yet of a closed class; so are prepositions, which stand
+    alone in their sentences."""
+    pronouns = planted.profiles[0][list(WORDS).index("pronouns")].coherence
+    assert pronouns.p <= 0.01 and pronouns.low > pronouns.null_95
     for name, kind in (("pronouns", "pronoun"), ("prepositions", "preposition")):
         profile = planted.profiles[0][list(WORDS).index(name)]
         assert profile.kind == "syntactic" and profile.specialisation.startswith(

@@ -10,8 +10,8 @@ from sra_ds.analysis.statistics import Measured
 NAN = float("nan")
 
 
-def coherences(values: list[float], null_95: float = 0.0) -> list[Measured]:
-    return [Measured(value, null_95=null_95, p=0.5) for value in values]
+def coherences(values: list[float], null_mean: float = 0.0) -> list[Measured]:
+    return [Measured(value, null_mean=null_mean, null_95=null_mean, p=0.5) for value in values]
 
 
 def test_the_share_above_the_null_is_a_binomial_count() -> None:
@@ -25,6 +25,13 @@ def test_experts_that_all_win_are_certainly_more_coherent() -> None:
     found = coherence_over_untrained(coherences([3.0, 4.0, 5.0, NAN]), coherences([0.0, 1.0, 2.0]))
     assert (found.value, found.chance, found.low, found.high) == (1.0, 0.5, 1.0, 1.0)
     assert found.p == pytest.approx(1 / 20)  # one of the 6! / (3! 3!) orders
+
+
+def test_common_words_are_no_advantage() -> None:
+    """The same excess over nulls of different height, as of words of different frequency."""
+    low, high = [-0.5, -0.25, 0.0], [0.25, 0.5, 0.75]
+    found = coherence_over_untrained(coherences(high, 0.5), coherences(low, -0.25))
+    assert found.value == pytest.approx(0.5)
 
 
 def test_equal_experts_win_half_of_the_time() -> None:
