@@ -6,23 +6,53 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 from sra_ds.errors import SraError
 
 Command = Callable[[argparse.Namespace], Any]
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Names the default of every option that has one worth naming."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ""
+        plain = action.default in (None, False, "", [], argparse.SUPPRESS)
+        if plain or not action.option_strings or "default" in text:
+            return text
+        return f"{text} (default: %(default)s)".lstrip()
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses in one line, as the tools do."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} ({self.prog} --help says more)\n")
+
+
 def parser(description: str) -> argparse.ArgumentParser:
     """A parser with the options every tool has."""
-    result = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    result.add_argument(
-        "--json", action="store_true", help="print one JSON object and nothing else"
-    )
-    result.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    result = Parser(description=description, formatter_class=Help)
+    _add_common(result)
     return result
+
+
+def add_action(actions: Any, name: str, text: str) -> argparse.ArgumentParser:
+    """A subcommand, behind which the common options may stand, too."""
+    result: argparse.ArgumentParser = actions.add_parser(
+        name, help=text, description=text, formatter_class=Help
+    )
+    _add_common(result, argparse.SUPPRESS)
+    return result
+
+
+def _add_common(result: argparse.ArgumentParser, default: Any = False) -> None:
+    for option, text in (
+        ("--json", "print one JSON object and nothing else"),
+        ("--debug", "show the traceback of an error"),
+    ):
+        result.add_argument(option, action="store_true", default=default, help=text)
 
 
 def add_recipe(result: argparse.ArgumentParser, default: str | None = "quickstart") -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from sra_ds import cli
 from sra_ds.analysis.analysis import Request, analyse, require_routed
 from sra_ds.analysis.report import write_report
+from sra_ds.errors import ConfigError
 from sra_ds.inference.load import load_run
 from sra_ds.training.environment import choose_device, prepare_process
 
@@ -36,6 +37,9 @@ def main() -> int:
 
 def command(arguments: argparse.Namespace) -> dict[str, Any]:
     """Analyse each run and write the report."""
+    out = arguments.out or arguments.run
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file; name a folder")
     prepare_process()
     device, _ = choose_device()
     request = Request(
@@ -47,7 +51,7 @@ def command(arguments: argparse.Namespace) -> dict[str, Any]:
     for loaded in runs:  # before minutes are spent on the first
         require_routed(loaded)
     analyses = [analyse(loaded, request, device) for loaded in runs]
-    return write_report(analyses, arguments.out or arguments.run)
+    return write_report(analyses, out)
 
 
 def show(result: dict[str, Any]) -> None:

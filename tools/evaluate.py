@@ -45,7 +45,7 @@ def command(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments.health_tokens,
         arguments.legacy_sra,
     )
-    with steered_by(loaded.model, arguments.steer):
+    with steered_by(loaded, arguments.steer):
         return score_run(loaded, scoring, device)
 
 

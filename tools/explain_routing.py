@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from sra_ds import cli
-from sra_ds.analysis.explain import Choice, Explanation, explain
+from sra_ds.analysis.explain import explain, table
 from sra_ds.analysis.report import explanation_html
 from sra_ds.errors import ConfigError
 from sra_ds.inference.load import load_run
 from sra_ds.inference.steer import steered_by
-from sra_ds.storage.run_dir import write_atomically
+from sra_ds.storage.run_dir import require_file, write_atomically
 from sra_ds.training.environment import choose_device
 
 
@@ -31,6 +31,8 @@ def main() -> int:
 
 def command(arguments: argparse.Namespace) -> dict[str, Any]:
     """Explain, and write the page if asked for."""
+    if arguments.html is not None:
+        require_file(arguments.html, "--html")
     device, _ = choose_device()
     loaded = load_run(arguments.run, arguments.checkpoint, device)
     layers = len(loaded.model.routers())
@@ -38,34 +40,14 @@ def command(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(
             f"--layer {arguments.layer}: the model has {layers} routed layers, from 0"
         )
-    with steered_by(loaded.model, arguments.steer):
+    with steered_by(loaded, arguments.steer):
         explanation = explain(loaded, arguments.text, arguments.near)
     if arguments.html is not None:
         write_atomically(arguments.html, explanation_html(explanation, loaded.run.path.name))
     if not arguments.json:
-        print_table(explanation, arguments.layer)
+        print("\n".join(table(explanation, arguments.layer)))
     page = None if arguments.html is None else str(arguments.html)
     return {"run": str(arguments.run), "html": page, **explanation.as_dict()}
-
-
-def print_table(explanation: Explanation, layer: int | None) -> None:
-    """One line for each token and layer: chosen experts, margin, near misses, what the first is known
-    for."""
-    for token, decisions in zip(explanation.tokens, explanation.decisions, strict=True):
-        for number, decision in enumerate(decisions):
-            if layer not in (None, number):
-                continue
-            chosen = " ".join(map(described, decision.chosen))
-            near = " ".join(map(described, decision.near))
-            margin = "" if decision.margin is None else f"{decision.margin:6.3f}"
-            known = explanation.known.get(f"{number}:{decision.chosen[0].expert}", {})
-            tokens = " ".join(known.get("top_tokens", []))
-            print(f"{token!r:<16} {number:>2}  {chosen:<28} {margin:>7}  ({near})  {tokens}")
-
-
-def described(choice: Choice) -> str:
-    """Expert and cosine, or score where there is none."""
-    return f"{choice.expert}:{choice.score if choice.cosine is None else choice.cosine:.3f}"
 
 
 def show(result: dict[str, Any]) -> None:

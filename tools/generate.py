@@ -44,7 +44,7 @@ def command(arguments: argparse.Namespace) -> dict[str, Any]:
     device, _ = choose_device()
     loaded = load_run(arguments.run, arguments.checkpoint, device)
     sampling = Sampling(**{name: getattr(arguments, name) for name in Sampling._fields})
-    with steered_by(loaded.model, arguments.steer):
+    with steered_by(loaded, arguments.steer):
         if len(prompts) == 1 and not arguments.json:
             return stream(loaded, prompts[0], arguments.max_tokens, sampling)
         return continue_all(loaded, prompts, arguments, sampling)

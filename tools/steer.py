@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     for name, action in ACTIONS.items():
-        own = actions.add_parser(name, help=action.help, description=action.help)
+        own = cli.add_action(actions, name, action.help)
         if action.names_experts:
             own.add_argument("experts", nargs="+", metavar="LAYER:EXPERT")
         if action.makes_card:

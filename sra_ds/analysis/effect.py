@@ -56,6 +56,8 @@ def word_tokens(tokenizer: Tokenizer, words: Sequence[str]) -> list[int]:
     for a pattern that is none or is found nowhere."""
     found = []
     for word in words:
+        if not word.strip():
+            raise ConfigError("a word is empty; name it as it is written, without spaces")
         if len(word) > 2 and word[0] == word[-1] == "/":
             found += _matching(tokenizer, word[1:-1])
             continue

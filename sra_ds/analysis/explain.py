@@ -4,6 +4,7 @@ Cosines are scores over the temperature, for routers with anchors; a linear rout
 margin is the lead of the last chosen expert over the first that was not. Letters: T tokens, E experts.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -130,3 +131,25 @@ def _cosines(router: Any, scores_TE: Tensor) -> Tensor | None:
         return None
     temperature: Tensor = router.temperature.detach().double().abs().cpu()
     return scores_TE / temperature
+
+
+def table(explanation: Explanation, layer: int | None = None) -> Iterator[str]:
+    """One line for each token and layer: chosen experts, margin, near misses, what the first is known
+    for."""
+    chosen = "expert:cosine or score"
+    yield f"{'token':<16} layer  {chosen:<28} {'lead':>6}  (near misses)  tokens of the first"
+    for token, decisions in zip(explanation.tokens, explanation.decisions, strict=True):
+        for number, decision in enumerate(decisions):
+            if layer not in (None, number):
+                continue
+            chosen = " ".join(map(_described, decision.chosen))
+            near = " ".join(map(_described, decision.near))
+            margin = "" if decision.margin is None else f"{decision.margin:.3f}"
+            known = explanation.known.get(f"{number}:{decision.chosen[0].expert}", {})
+            tokens = " ".join(known.get("top_tokens", []))
+            yield f"{token!r:<16} {number:>5}  {chosen:<28} {margin:>6}  ({near})  {tokens}"
+
+
+def _described(choice: Choice) -> str:
+    """Expert and cosine, or score where there is none."""
+    return f"{choice.expert}:{choice.score if choice.cosine is None else choice.cosine:.3f}"

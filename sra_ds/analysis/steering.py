@@ -35,8 +35,8 @@ from sra_ds.evaluation.difference import steering_cost
 from sra_ds.evaluation.text import open_text
 from sra_ds.inference.load import LoadedRun
 from sra_ds.inference.places import Place, parse_place, require_place
-from sra_ds.inference.steer import load_card, require_fit, save_card
-from sra_ds.storage.run_dir import write_atomically
+from sra_ds.inference.steer import load_card, made_for, require_card, require_fit, save_card
+from sra_ds.storage.run_dir import require_file, write_atomically
 
 BATCH_SIZE = 16
 
@@ -51,6 +51,7 @@ def carry_out(
         if values.get(name, least) < least:
             option = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{option} must be at least {least}, got {values[name]}")
+    _require_out(action, values)
     if action == "detect":
         return _detect(loaded, values)
     if action == "attribute":
@@ -61,6 +62,14 @@ def carry_out(
     if action == "verify":
         return _verify(loaded, experts, values, device)
     return _make_card(loaded, action, experts, values, device)
+
+
+def _require_out(action: str, values: Values) -> None:
+    """Refuse before the work what could not be written after it."""
+    if values.get("out") is not None:
+        (require_file if action == "verify" else require_card)(values["out"])
+    elif values.get("lower"):
+        raise ConfigError("--lower has an effect only with --out; leave it out")
 
 
 def _make_card(
@@ -79,7 +88,7 @@ def _make_card(
     try:
         steering = Steering(
             name=values["name"] or f"{action} {' '.join(values['experts'])}",
-            made_for=_made_for(loaded),
+            made_for=made_for(loaded),
             edits=tuple(make(layer, expert, values) for layer, expert in experts),
         )
     except ValidationError as error:
@@ -140,7 +149,7 @@ def _save_attributed(
             "more --tokens, or more --prompts"
         )
     name = f"{'less' if values['lower'] else 'more'} {' '.join(values['words'])}"
-    save_card(Steering(name=name, made_for=_made_for(loaded), edits=tuple(edits)), values["out"])
+    save_card(Steering(name=name, made_for=made_for(loaded), edits=tuple(edits)), values["out"])
     return {"card": str(values["out"]), "scaled": len(edits), "divergence": divergence}
 
 
@@ -175,10 +184,6 @@ def _places(loaded: LoadedRun, values: Values, split: TokenSplit) -> list[Batch]
     if values["prompts"] is None:
         return neutral_batches(loaded, split, values["tokens"])
     return prompt_batches(loaded, read_texts(values["prompts"]))
-
-
-def _made_for(loaded: LoadedRun) -> str:
-    return f"{loaded.run.path.name}, step {loaded.trainer['step']}"
 
 
 def _trace(loaded: LoadedRun, values: Values, device: torch.device) -> Trace:

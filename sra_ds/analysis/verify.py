@@ -189,15 +189,15 @@ def _slope(
     return measured_change((high_W - low_W) / distance, null_R)
 
 
-def _told(response: Response, neutral: Response, number: int) -> dict[str, float]:
+def _told(response: Response, neutral: Response, number: int) -> dict[str, float | None]:
     """Response with its interval, and what it cost."""
     tokens = response.tokens_W.sum()
     effect = measured_change(response.effect_WX[:, number], np.empty(0))
     worse = float((response.nll_W - neutral.nll_W).sum() / tokens)
     return {
         "effect": effect.value,
-        "low": effect.low,
-        "high": effect.high,
+        "low": effect.as_dict()["low"],
+        "high": effect.as_dict()["high"],
         "kl": float(response.kl_W.sum() / tokens),
         "worse_by_nats_per_token": worse,
         "perplexity_ratio": float(np.exp(worse)),

@@ -11,6 +11,7 @@ Letters: T tokens, D width, E experts, K experts per token.
 """
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -32,12 +33,13 @@ from sra_ds.config.steering import (
     Towards,
 )
 from sra_ds.errors import ConfigError
+from sra_ds.inference.load import LoadedRun
 from sra_ds.model.language_model import LanguageModel
 from sra_ds.moe.layer import MoELayer
 from sra_ds.moe.routers import ScoringRouter, anchor_rows
 from sra_ds.moe.routing import Routing
 from sra_ds.ops.top_k_routing import Selection, statistics, top_k_routing
-from sra_ds.storage.run_dir import write_atomically
+from sra_ds.storage.run_dir import require_file, write_atomically
 
 CERTAIN = 1e30
 """Added to the selection score of a pinned expert; no score comes near it."""
@@ -57,9 +59,20 @@ def steered(model: LanguageModel, steering: Steering) -> Iterator[None]:
         yield
 
 
-def steered_by(model: LanguageModel, card: Path | None) -> AbstractContextManager[None]:
-    """Steer by a card, or not at all."""
-    return nullcontext() if card is None else steered(model, load_card(card))
+def steered_by(loaded: LoadedRun, card: Path | None) -> AbstractContextManager[None]:
+    """Steer by a card, or not at all; says so on standard error if the card was made for another run or
+    step, where the same numbers are other experts."""
+    if card is None:
+        return nullcontext()
+    steering, here = load_card(card), made_for(loaded)
+    if steering.made_for not in ("", here):
+        print(f"warning: {card} was made for {steering.made_for}; this is {here}", file=sys.stderr)
+    return steered(loaded.model, steering)
+
+
+def made_for(loaded: LoadedRun) -> str:
+    """Run and step, as cards name them."""
+    return f"{loaded.run.path.name}, step {loaded.trainer['step']}"
 
 
 def load_card(path: Path) -> Steering:
@@ -75,9 +88,22 @@ def load_card(path: Path) -> Steering:
 
 
 def save_card(steering: Steering, path: Path) -> None:
-    """Write the JSON card."""
+    """Write the JSON card; raises `ConfigError` rather than replace a file that is none."""
+    require_card(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, steering.model_dump_json(indent=1) + "\n")
+
+
+def require_card(path: Path) -> None:
+    """Raise `ConfigError` where a card cannot go: a folder, or a file that is something else."""
+    require_file(path)
+    if path.exists():
+        try:
+            load_card(path)
+        except ConfigError:
+            raise ConfigError(
+                f"{path} exists and is no steering card; choose another --out"
+            ) from None
 
 
 def _is_neutral(edit: Edit) -> bool:
@@ -243,6 +269,8 @@ def require_fit(model: LanguageModel, steering: Steering) -> None:
     for number, edit in enumerate(steering.edits):
         if edit.layer >= len(layers):
             problem: str | None = f"the model has {len(layers)} routed layers, from 0"
+            if not layers:
+                problem = "the model has no routed layers; nothing to steer"
         else:
             problem = _problem(layers[edit.layer], edit)
         if problem is not None:

@@ -210,6 +210,12 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return found
 
 
+def require_file(path: Path, option: str = "--out") -> None:
+    """Raise `ConfigError` if what an option names as a file to write is a folder."""
+    if path.is_dir():
+        raise ConfigError(f"{option} {path} is a directory; name a file")
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file so that readers and crashes see the old or the new text, never a part."""
     partial = path.with_name(path.name + ".partial")

@@ -182,6 +182,7 @@ def test_the_command(make_run, call, tmp_path):
     few = call(*command[:-1], 64, "--out", tmp_path / "no.json")
     assert few.code == 2 and "nothing for a card to scale" in few.err
     assert not (tmp_path / "no.json").exists()
+    call(*command, "--lower").refused("--lower has an effect only with --out")
     call(*command, "--divergence", "nan", "--out", card).refused("--divergence must be above 0")
     call(*command[:4], "--words", "/(/").refused("/(/ is no regular expression")
     call(*command[:4], "--words", "/xyzzy/").refused("found in no token")

@@ -159,5 +159,6 @@ def test_the_command(make_run, call, tmp_path):
     assert "log_odds" in shown and "null" in shown and "3" in shown
     effect = ("steer", "--run", run, "effect", card)
     call(*effect, "--words", "a", "--against", "a").refused("--words and in --against")
+    call(*effect, "--words", " ").refused("a word is empty")
     call(*effect, "--words", "a", "--tokens", 0).refused("--tokens must be at least 1")
     call("steer", "--run", run, "effect", tmp_path / "no.json", "--words", "a").refused("no.json")

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from sra_ds.analysis.explain import explain
+from sra_ds.config.steering import Steering, Suppress
 from sra_ds.data.tokenizer import end_of_text_id
 from sra_ds.errors import DataError
 from sra_ds.inference.load import load_run
+from sra_ds.inference.steer import steered
 from sra_ds.moe.routers import anchor_rows
 
 TEXT = "abc def gab hij"
@@ -87,6 +89,35 @@ def test_what_is_known_comes_from_the_analysis(make_run, call):
     assert known["1:2"]["top_tokens"] == experts[6]["top_tokens"][:5]
 
 
+def test_suppressed_experts_are_no_near_misses(make_run):
+    """Their score is minus infinity, which no page could read."""
+    loaded = load_run(make_run().path)
+    edits = (Suppress(layer=0, expert=0), Suppress(layer=0, expert=3))
+    with steered(loaded.model, Steering(edits=edits)):
+        found = explain(loaded, TEXT)
+    for layers in found.decisions:
+        assert not layers[0].near and layers[0].margin is None
+        assert len(layers[1].near) == 2
+    json.dumps(found.as_dict(), allow_nan=False)
+
+
+def test_margins_do_not_need_the_near_misses_shown(make_run):
+    loaded = load_run(make_run().path)
+    few, many = (explain(loaded, TEXT, near) for near in (0, 2))
+    for own, other in zip(few.decisions, many.decisions, strict=True):
+        assert [d.margin for d in own] == [d.margin for d in other]
+        assert not any(d.near for d in own)
+
+
+def test_the_analysis_of_another_step_is_left_out(make_run):
+    loaded = load_run(make_run().path)
+    expert = {"layer": 0, "expert": 1, "specialisation": "semantic", "top_tokens": ["a"]}
+    for step, known in ((loaded.trainer["step"], 1), (loaded.trainer["step"] + 1, 0)):
+        content = {"step": step, "experts": [expert]}
+        (loaded.run.path / "analysis.json").write_text(json.dumps(content))
+        assert len(explain(loaded, TEXT).known) == known
+
+
 def test_nothing_to_explain(make_run):
     with pytest.raises(DataError, match="empty"):
         explain(load_run(make_run().path), "")
@@ -99,14 +130,17 @@ def test_the_command_prints_a_line_for_each_token_and_layer(make_run, call, tmp_
     page = tmp_path / "page.html"
     result = call("explain_routing", "--run", run, "--text", TEXT, "--html", page)
     tokens = len(explain(load_run(run), TEXT).tokens)
-    lines = [line for line in result.out.splitlines() if not line.startswith("open ")]
-    assert result.code == 0 and len(lines) == 2 * tokens
+    header, *lines = [line for line in result.out.splitlines() if not line.startswith("open ")]
+    assert result.code == 0 and len(lines) == 2 * tokens and header.startswith("token ")
     assert "<|endoftext|>" in lines[0] and page.is_file()
     one = call("explain_routing", "--run", run, "--text", TEXT, "--layer", 1)
-    assert len(one.out.splitlines()) == tokens
+    assert len(one.out.splitlines()) == 1 + tokens
     tree = call("explain_routing", "--run", run, "--text", TEXT, "--json").tree
     assert len(tree["tokens"]) == tokens and len(tree["tokens"][0]["layers"]) == 2
-    call("explain_routing", "--run", run, "--text", "").refused("empty")
+    explained = ("explain_routing", "--run", run, "--text")
+    call(*explained, "").refused("empty")
+    call(*explained, "a", "--layer", 2).refused("--layer 2: the model has 2 routed layers")
+    call(*explained, "a", "--html", tmp_path).refused("is a directory; name a file")
     call("explain_routing", "--run", run / "none", "--text", "a").refused("not a run directory")
 
 

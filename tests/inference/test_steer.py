@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -372,7 +373,7 @@ def test_cards_steer_generation_evaluation_and_explanation(make_run, call, tmp_p
 
 
 def test_no_card_is_no_steering(model):
-    with steered_by(model, None):
+    with steered_by(SimpleNamespace(model=model), None):
         assert not any("forward" in vars(module) for module in model.modules())
 
 
@@ -397,3 +398,30 @@ def test_a_card_says_which_run_it_is_for(make_run, call, tmp_path):
          "--measure-tokens", 0, "--name", "calm")  # fmt: skip
     card = json.loads((tmp_path / "c.json").read_text())
     assert card["made_for"] == "run, step 7" and card["name"] == "calm"
+
+
+def test_a_card_of_another_run_is_told(make_run, call, tmp_path):
+    card = tmp_path / "card.json"
+    made, other = make_run(name="made").path, make_run(name="other").path
+    call("steer", "--run", made, "suppress", "0:1", "--out", card, "--measure-tokens", 0)
+    prompt = ("--prompt", "a", "--max-tokens", 2, "--steer", card)
+    assert "warning" not in call("generate", "--run", made, *prompt).err
+    told = call("generate", "--run", other, *prompt)
+    assert told.code == 0 and "was made for made, step 7; this is other, step 7" in told.err
+
+
+def test_a_card_replaces_only_a_card(make_run, call, tmp_path):
+    run, card, notes = make_run().path, tmp_path / "card.json", tmp_path / "notes.txt"
+    make = ("steer", "--run", run, "suppress", "0:1", "--measure-tokens", 0, "--out")
+    for _ in range(2):
+        assert call(*make, card).code == 0
+    notes.write_text("mine")
+    call(*make, notes).refused("is no steering card; choose another --out")
+    assert notes.read_text() == "mine"
+    call(*make, tmp_path).refused("is a directory; name a file")
+    assert not list(tmp_path.parent.glob("*.partial"))
+
+
+def test_common_options_may_stand_behind_the_action(make_run, call, tmp_path):
+    options = ("--out", tmp_path / "card.json", "--measure-tokens", 0, "--json")
+    assert "card" in call("steer", "--run", make_run().path, "suppress", "0:1", *options).tree
