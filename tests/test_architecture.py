@@ -25,6 +25,7 @@ ALLOWED = {
     "evaluation": FOUNDATION | {"storage", "inference"},
     "analysis": FOUNDATION | {"storage", "inference", "evaluation"},
     "inference": FOUNDATION | {"storage"},
+    "steering": FOUNDATION | {"storage", "inference", "evaluation", "analysis"},
     "cli": {"errors"},
     "planning": {"errors", "config", "model", "moe", "training"},
     "workflow": FOUNDATION

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from sra_ds import cli
-from sra_ds.analysis.steering import carry_out
-from sra_ds.analysis.steering_actions import ACTIONS
 from sra_ds.inference.load import load_run
+from sra_ds.steering.actions import ACTIONS
+from sra_ds.steering.request import carry_out
 from sra_ds.training.environment import choose_device, prepare_process
 
 

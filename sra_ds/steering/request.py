@@ -8,24 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from sra_ds.analysis.analysis import trace_run
-from sra_ds.analysis.attribution import (
-    attribute,
-    fitted,
-    gate_cost,
-    gate_slopes,
-)
-from sra_ds.analysis.detect import detect, read_texts
-from sra_ds.analysis.effect import (
-    WordSets,
-    divergence,
-    effect,
-    neutral_batches,
-    prompt_batches,
-    word_tokens,
-)
-from sra_ds.analysis.steering_actions import ACTIONS, LEAST, Values
 from sra_ds.analysis.traces import Pass, Trace
-from sra_ds.analysis.verify import choose_targets, verify
 from sra_ds.config.steering import Scale, Steering
 from sra_ds.data.loader import Batch
 from sra_ds.data.shards import TokenSplit
@@ -36,6 +19,23 @@ from sra_ds.evaluation.text import open_text
 from sra_ds.inference.load import LoadedRun
 from sra_ds.inference.places import Place, parse_place, require_place
 from sra_ds.inference.steer import load_card, made_for, require_card, require_fit, save_card
+from sra_ds.steering.actions import ACTIONS, LEAST, Values
+from sra_ds.steering.attribution import (
+    attribute,
+    fitted,
+    gate_cost,
+    gate_slopes,
+)
+from sra_ds.steering.detect import detect, read_texts
+from sra_ds.steering.effect import (
+    WordSets,
+    divergence,
+    effect,
+    neutral_batches,
+    prompt_batches,
+    word_tokens,
+)
+from sra_ds.steering.verify import choose_targets, verify
 from sra_ds.storage.run_dir import require_file, write_atomically
 
 BATCH_SIZE = 16

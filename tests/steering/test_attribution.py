@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from sra_ds.analysis.attribution import (
+from sra_ds.config.steering import Scale, Steering
+from sra_ds.data.loader import IGNORED
+from sra_ds.evaluation.text import open_text
+from sra_ds.inference.load import load_run
+from sra_ds.inference.steer import steered
+from sra_ds.steering.attribution import (
     attribute,
     cheapest,
     fitted,
@@ -14,7 +19,7 @@ from sra_ds.analysis.attribution import (
     gate_factors,
     gate_slopes,
 )
-from sra_ds.analysis.effect import (
+from sra_ds.steering.effect import (
     WordSets,
     divergence,
     log_probs,
@@ -22,11 +27,6 @@ from sra_ds.analysis.effect import (
     prompt_batches,
     read_words,
 )
-from sra_ds.config.steering import Scale, Steering
-from sra_ds.data.loader import IGNORED
-from sra_ds.evaluation.text import open_text
-from sra_ds.inference.load import load_run
-from sra_ds.inference.steer import steered
 
 WORDS = WordSets([10, 20, 30], [11, 21])
 STEP = 2e-4

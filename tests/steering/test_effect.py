@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from sra_ds.analysis.effect import (
+from sra_ds.analysis.traces import Pass, record
+from sra_ds.config.steering import Boost, Scale, Steering, Suppress, Towards
+from sra_ds.data.tokenizer import end_of_text_id
+from sra_ds.errors import ConfigError
+from sra_ds.evaluation.text import open_text
+from sra_ds.inference.load import load_run
+from sra_ds.inference.steer import save_card, steered
+from sra_ds.steering.effect import (
     WordSets,
     effect,
     elsewhere,
@@ -15,13 +22,6 @@ from sra_ds.analysis.effect import (
     read_words,
     word_tokens,
 )
-from sra_ds.analysis.traces import Pass, record
-from sra_ds.config.steering import Boost, Scale, Steering, Suppress, Towards
-from sra_ds.data.tokenizer import end_of_text_id
-from sra_ds.errors import ConfigError
-from sra_ds.evaluation.text import open_text
-from sra_ds.inference.load import load_run
-from sra_ds.inference.steer import save_card, steered
 
 WORDS = WordSets([10, 20, 30], [11, 21])
 EDIT = Scale(layer=0, expert=1, by=0.0)

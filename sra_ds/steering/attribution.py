@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sra_ds.analysis.effect import WordSets, log_probs, mean_divergence
 from sra_ds.analysis.statistics import benjamini_hochberg
 from sra_ds.config.steering import Scale, Steering
 from sra_ds.data.loader import IGNORED, Batch
@@ -32,6 +31,7 @@ from sra_ds.heap import giving_back
 from sra_ds.inference.steer import steered
 from sra_ds.model.language_model import LanguageModel
 from sra_ds.moe.routing import Routing
+from sra_ds.steering.effect import WordSets, log_probs, mean_divergence
 
 DRAWS = 999
 SIGNIFICANT = 0.05

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from sra_ds.analysis.effect import NULL_EXPERTS, log_probs, nearest_in_load, neutral_batches
 from sra_ds.analysis.profiles import TOP_TOKENS, least_routes, readable
 from sra_ds.analysis.statistics import Measured, measured_change
 from sra_ds.analysis.tables import table_from_counts, top_labels
@@ -30,6 +29,7 @@ from sra_ds.errors import DataError
 from sra_ds.inference.load import LoadedRun
 from sra_ds.inference.places import Place
 from sra_ds.inference.steer import steered
+from sra_ds.steering.effect import NULL_EXPERTS, log_probs, nearest_in_load, neutral_batches
 
 DOSES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 BOOSTS = (1.0, 2.0)

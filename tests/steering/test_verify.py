@@ -6,16 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sra_ds.analysis.effect import log_probs
 from sra_ds.analysis.traces import Pass, record
-from sra_ds.analysis.verify import (
-    DOSES,
-    Target,
-    Verifier,
-    choose_targets,
-    null_experts,
-    verify,
-)
 from sra_ds.config.steering import Scale, Steering, Suppress
 from sra_ds.data.loader import IGNORED
 from sra_ds.data.tokenizer import end_of_text_id
@@ -23,6 +14,15 @@ from sra_ds.errors import DataError
 from sra_ds.evaluation.text import open_text
 from sra_ds.inference.load import load_run
 from sra_ds.inference.steer import steered
+from sra_ds.steering.effect import log_probs
+from sra_ds.steering.verify import (
+    DOSES,
+    Target,
+    Verifier,
+    choose_targets,
+    null_experts,
+    verify,
+)
 
 TARGETS = [Target(0, 1, [10, 20, 30], [11, 21, 31]), Target(1, 3, [40], [50])]
 
@@ -90,7 +90,7 @@ def test_control_tokens_are_as_frequent_and_no_top_tokens(traced):
 
 def test_an_expert_without_tokens_is_refused(traced, monkeypatch):
     _, _, trace = traced
-    monkeypatch.setattr("sra_ds.analysis.verify.least_routes", lambda trace: 1000)
+    monkeypatch.setattr("sra_ds.steering.verify.least_routes", lambda trace: 1000)
     with pytest.raises(DataError, match="expert 0:1 serves too few tokens"):
         choose_targets(trace, [(0, 1)])
 

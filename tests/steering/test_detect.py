@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from sra_ds.analysis.detect import detect, rank, read_texts, risk_difference, routes_of_texts
 from sra_ds.data.tokenizer import end_of_text_id
 from sra_ds.errors import DataError
 from sra_ds.inference.load import load_run
+from sra_ds.steering.detect import detect, rank, read_texts, risk_difference, routes_of_texts
 
 TEXTS = ["abc def", "g", "hij abc hij abc", "def def gab gab hij hij abc abc" * 3]
 
