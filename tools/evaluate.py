@@ -46,7 +46,8 @@ def command(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments.legacy_sra,
     )
     with steered_by(loaded, arguments.steer):
-        return score_run(loaded, scoring, device)
+        found = score_run(loaded, scoring, device)
+    return found if arguments.steer is None else {"steering": str(arguments.steer), **found}
 
 
 if __name__ == "__main__":

@@ -356,10 +356,11 @@ def test_cards_steer_generation_evaluation_and_explanation(make_run, call, tmp_p
     assert made["cost"]["after"] != made["cost"]["before"]
     options = ("--run", run_dir, "--json")
     scored = [
-        call("evaluate", *options, "--health-tokens", "0", *steer).tree["nll_per_token"]
+        call("evaluate", *options, "--health-tokens", "0", *steer).tree
         for steer in ((), ("--steer", tmp_path / "card.json"))
     ]
-    assert scored[0] != scored[1]
+    assert scored[0]["nll_per_token"] != scored[1]["nll_per_token"]
+    assert "steering" not in scored[0] and scored[1]["steering"].endswith("card.json")
     texts = [
         call("generate", *options, "--prompt", "abc", "--max-tokens", 12, *steer).tree["text"]
         for steer in ((), ("--steer", tmp_path / "card.json"))
