@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from sra_ds.analysis.statistics import Measured, measured_change
 from sra_ds.analysis.traces import Pass, Trace, traced_batches
-from sra_ds.config.steering import AnyEdit, Steering, Towards
+from sra_ds.config.steering import AnyEdit, Replace, Steering, Towards
 from sra_ds.data.loader import IGNORED, Batch, document_ids
 from sra_ds.data.shards import TokenSplit
 from sra_ds.data.tokenizer import end_of_text_id
@@ -247,4 +247,6 @@ def _moved(edit: AnyEdit, moved: dict[Place, int], trace: Trace) -> AnyEdit:
     if isinstance(edit, Towards) and isinstance(edit.direction, tuple):
         centroid_D = trace.centroids_LED[edit.layer, changes["expert"]]
         changes["direction"] = tuple(centroid_D.tolist())
+    if isinstance(edit, Replace) and edit.output == changes["expert"]:
+        changes["output"] = edit.expert  # its own output would be no edit
     return edit.model_copy(update=changes)

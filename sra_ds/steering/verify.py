@@ -19,16 +19,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sra_ds.analysis.profiles import TOP_TOKENS, least_routes, readable
-from sra_ds.analysis.statistics import Measured, measured_change
+from sra_ds.analysis.statistics import measured_change
 from sra_ds.analysis.tables import table_from_counts, top_labels
 from sra_ds.analysis.traces import Trace
 from sra_ds.config.steering import AnyEdit, Boost, Scale, Steering, Suppress
 from sra_ds.data.loader import IGNORED, Batch
 from sra_ds.data.shards import TokenSplit
 from sra_ds.errors import DataError
+from sra_ds.heap import giving_back
 from sra_ds.inference.load import LoadedRun
 from sra_ds.inference.places import Place
 from sra_ds.inference.steer import steered
+from sra_ds.model.language_model import LanguageModel
 from sra_ds.steering.effect import NULL_EXPERTS, log_probs, nearest_in_load, neutral_batches
 
 DOSES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
@@ -80,82 +82,95 @@ def choose_targets(trace: Trace, experts: Sequence[Place]) -> list[Target]:
     return targets
 
 
-class Verifier:
-    """Responses of one model on one text; the unsteered one is kept to compare with."""
+@torch.no_grad()
+def respond(
+    model: LanguageModel,
+    batches: Sequence[Batch],
+    targets: Sequence[Target],
+    edits: Sequence[AnyEdit],
+) -> list[Response]:
+    """The response to nothing and to each edit. Batch by batch, so that the unsteered model's
+    probabilities are kept for one batch alone."""
+    cards = [Steering(edits=()), *(Steering(edits=(edit,)) for edit in edits)]
+    parts: list[list[Response]] = [[] for _ in cards]
+    for batch in tqdm(batches, "verifying"):
+        base_BTV = log_probs(model, batch)
+        for own, card in giving_back(zip(parts, cards, strict=True)):
+            with steered(model, card):
+                own.append(_compare(batch, base_BTV, log_probs(model, batch), targets))
+    return [Response(*map(np.concatenate, zip(*own, strict=True))) for own in parts]
 
-    def __init__(
-        self, loaded: LoadedRun, split: TokenSplit, targets: list[Target], max_tokens: int
-    ) -> None:
-        self.loaded, self.targets = loaded, targets
-        self.batches = neutral_batches(loaded, split, max_tokens)
-        self.base = [log_probs(loaded.model, batch) for batch in self.batches]
-        self.neutral = self._respond()
 
-    @torch.no_grad()
-    def respond(self, *edits: AnyEdit) -> Response:
-        """The response to edits."""
-        with steered(self.loaded.model, Steering(edits=edits)):
-            return self._respond()
+def _compare(
+    batch: Batch, base_BTV: Tensor, now_BTV: Tensor, targets: Sequence[Target]
+) -> Response:
+    counted_BT = batch.targets_BT != IGNORED
+    kl_BT = (base_BTV.exp() * (base_BTV - now_BTV)).sum(-1)
+    targets_BT1 = batch.targets_BT.clamp(min=0).unsqueeze(-1)
+    nll_BT = -now_BTV.gather(-1, targets_BT1.to(now_BTV.device)).squeeze(-1)
+    effects = []
+    for target in targets:
+        change_BT = _set_change(now_BTV, base_BTV, target.own_S)
+        change_BT = change_BT - _set_change(now_BTV, base_BTV, target.control_S)
+        effects.append(_window_sums(change_BT, counted_BT))
+    tokens_W = counted_BT.sum(-1).double().numpy()
+    effect_WX = np.stack(effects, -1) / tokens_W[:, None].clip(min=1)
+    return Response(
+        effect_WX, _window_sums(kl_BT, counted_BT), _window_sums(nll_BT, counted_BT), tokens_W
+    )
 
-    def _respond(self) -> Response:
-        parts = [
-            self._batch(batch, base) for batch, base in zip(self.batches, self.base, strict=True)
-        ]
-        return Response(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
-    def _batch(self, batch: Batch, base_BTV: Tensor) -> Response:
-        now_BTV = log_probs(self.loaded.model, batch)
-        counted_BT = batch.targets_BT != IGNORED
-        kl_BT = (base_BTV.exp() * (base_BTV - now_BTV)).sum(-1)
-        targets_BT1 = batch.targets_BT.clamp(min=0).unsqueeze(-1)
-        nll_BT = -now_BTV.gather(-1, targets_BT1.to(now_BTV.device)).squeeze(-1)
-        effects = []
-        for target in self.targets:
-            change_BT = _set_change(now_BTV, base_BTV, target.own_S)
-            change_BT = change_BT - _set_change(now_BTV, base_BTV, target.control_S)
-            effects.append(_window_sums(change_BT, counted_BT))
-        tokens_W = counted_BT.sum(-1).double().numpy()
-        effect_WX = np.stack(effects, -1) / tokens_W[:, None].clip(min=1)
-        return Response(
-            effect_WX, _window_sums(kl_BT, counted_BT), _window_sums(nll_BT, counted_BT), tokens_W
-        )
+def doses(target: Target) -> dict[str, AnyEdit]:
+    """Every edit of an expert, by name."""
+    at = {"layer": target.layer, "expert": target.expert}
+    scales: dict[str, AnyEdit] = {f"scale {c:g}": Scale(by=c, **at) for c in DOSES}
+    boosts = {f"boost {b:g}": Boost(by=b, **at) for b in BOOSTS}
+    return {**scales, "suppress": Suppress(**at), **boosts}
 
 
 def verify(
     loaded: LoadedRun, trace: Trace, split: TokenSplit, targets: list[Target], max_tokens: int
 ) -> list[dict[str, Any]]:
     """Dose and response of every target, with intervals over windows and the null of its slopes."""
-    verifier = Verifier(loaded, split, targets, max_tokens)
-    null = _null_responses(verifier, trace, targets)
-    found = []
-    for number, target in enumerate(tqdm(targets, "doses")):
-        at = {"layer": target.layer, "expert": target.expert}
-        edits: dict[str, AnyEdit] = {f"scale {c:g}": Scale(by=c, **at) for c in DOSES}
-        edits |= {"suppress": Suppress(**at), **{f"boost {b:g}": Boost(by=b, **at) for b in BOOSTS}}
-        responses = {name: verifier.respond(edit) for name, edit in edits.items()}
-        own_null = {e: null[target.layer, e] for e in null_experts(trace, target)}
-        slopes = {
-            name: _slope(
-                responses[low].effect_WX[:, number],
-                responses[high].effect_WX[:, number],
-                distance,
-                [
-                    (r[low].effect_WX[:, number], r[high].effect_WX[:, number])
-                    for r in own_null.values()
-                ],
+    edits: dict[tuple[int, int, str], AnyEdit] = {}
+    for target in targets:
+        named = doses(target)
+        edits |= {(target.layer, target.expert, name): edit for name, edit in named.items()}
+        for expert in null_experts(trace, target):
+            for c in (0.0, 4.0):
+                scale = Scale(layer=target.layer, expert=expert, by=c)
+                edits.setdefault((target.layer, expert, f"scale {c:g}"), scale)
+    batches = neutral_batches(loaded, split, max_tokens)
+    neutral, *found = respond(loaded.model, batches, targets, list(edits.values()))
+    responses = dict(zip(edits, found, strict=True))
+
+    def effect(number: int, expert: int, name: str) -> Floats:
+        """Of one intervention on an expert of a target's layer; a gate times 1 is no intervention."""
+        at = (targets[number].layer, expert, name)
+        return (neutral if name == "scale 1" else responses[at]).effect_WX[:, number]
+
+    rows = []
+    for number, target in enumerate(targets):
+        slopes = {}
+        for name, low, high, distance in SLOPES:
+            own_W, *null = (
+                (effect(number, expert, high) - effect(number, expert, low)) / distance
+                for expert in (target.expert, *null_experts(trace, target))
             )
-            for name, low, high, distance in SLOPES
-        }
-        found.append(
+            null_R = np.array([float(slope_W.mean()) for slope_W in null])
+            slopes[name] = measured_change(own_W, null_R).as_dict()
+        own = {name: responses[target.layer, target.expert, name] for name in doses(target)}
+        rows.append(
             {
-                **at,
+                "layer": target.layer,
+                "expert": target.expert,
                 "tokens": readable(loaded.tokenizer, target.own_S),
                 "control": readable(loaded.tokenizer, target.control_S),
-                "responses": {n: _told(r, verifier.neutral, number) for n, r in responses.items()},
-                **{name: slope.as_dict() for name, slope in slopes.items()},
+                "responses": {name: _told(one, neutral, number) for name, one in own.items()},
+                **slopes,
             }
         )
-    return found
+    return rows
 
 
 SLOPES = (
@@ -167,26 +182,6 @@ SLOPES = (
 def null_experts(trace: Trace, target: Target) -> list[int]:
     """The experts of the target's layer nearest to it in load, without the target."""
     return nearest_in_load(trace, target.layer, target.expert)[:NULL_EXPERTS]
-
-
-def _null_responses(
-    verifier: Verifier, trace: Trace, targets: list[Target]
-) -> dict[tuple[int, int], dict[str, Response]]:
-    wanted = sorted({(t.layer, e) for t in targets for e in null_experts(trace, t)})
-    found = {}
-    for layer, expert in tqdm(wanted, "null experts"):
-        doses = {c: Scale(layer=layer, expert=expert, by=c) for c in (0.0, 4.0)}
-        responses = {f"scale {c:g}": verifier.respond(edit) for c, edit in doses.items()}
-        found[layer, expert] = {**responses, "scale 1": verifier.neutral}
-    return found
-
-
-def _slope(
-    low_W: Floats, high_W: Floats, distance: float, null: list[tuple[Floats, Floats]]
-) -> Measured:
-    """Change of the response per unit of gate, beside the null experts' slopes."""
-    null_R = np.array([float((high - low).mean()) / distance for low, high in null])
-    return measured_change((high_W - low_W) / distance, null_R)
 
 
 def _told(response: Response, neutral: Response, number: int) -> dict[str, float | None]:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sra_ds.analysis.traces import Pass, record
-from sra_ds.config.steering import Boost, Scale, Steering, Suppress, Towards
+from sra_ds.config.steering import Boost, Replace, Scale, Steering, Suppress, Towards
 from sra_ds.data.tokenizer import end_of_text_id
 from sra_ds.errors import ConfigError
 from sra_ds.evaluation.text import open_text
@@ -134,6 +134,14 @@ def test_a_centroid_moves_with_its_expert(traced):
         assert edit.direction == tuple(trace.centroids_LED[0, edit.expert].tolist()) != own
     anchored = Steering(edits=(Towards(layer=0, expert=1, strength=0.5),))
     assert {other.edits[0].direction for other in elsewhere(anchored, trace)} == {"anchor"}
+
+
+def test_a_replacement_elsewhere_is_never_by_itself(traced):
+    *_, trace = traced
+    given = Steering(edits=(Replace(layer=0, expert=1, output=2),))
+    edits = [other.edits[0] for other in elsewhere(given, trace)]
+    assert edits and all(edit.output != edit.expert for edit in edits)
+    assert {edit.output for edit in edits} == {1, 2}
 
 
 def test_words_are_single_tokens_after_a_space_first(loaded):

@@ -14,13 +14,13 @@ from sra_ds.errors import DataError
 from sra_ds.evaluation.text import open_text
 from sra_ds.inference.load import load_run
 from sra_ds.inference.steer import steered
-from sra_ds.steering.effect import log_probs
+from sra_ds.steering.effect import log_probs, neutral_batches
 from sra_ds.steering.verify import (
     DOSES,
     Target,
-    Verifier,
     choose_targets,
     null_experts,
+    respond,
     verify,
 )
 
@@ -42,20 +42,21 @@ def traced(loaded, tmp_path):
 
 def test_a_dose_of_one_changes_nothing(traced):
     loaded, split, _ = traced
-    verifier = Verifier(loaded, split, TARGETS, 70)
-    response = verifier.respond(Scale(layer=0, expert=1, by=1.0))
+    batches = neutral_batches(loaded, split, 70)
+    edit = Scale(layer=0, expert=1, by=1.0)
+    neutral, response = respond(loaded.model, batches, TARGETS, [edit])
     assert (response.effect_WX == 0).all() and (np.abs(response.kl_W) < 1e-6).all()
-    assert np.array_equal(response.nll_W, verifier.neutral.nll_W)
+    assert np.array_equal(response.nll_W, neutral.nll_W)
 
 
 def test_effect_cost_and_divergence_by_hand(traced):
     loaded, split, _ = traced
-    verifier = Verifier(loaded, split, TARGETS, 70)
+    batches = neutral_batches(loaded, split, 70)
     edit = Suppress(layer=0, expert=1)
-    response = verifier.respond(edit)
+    _, response = respond(loaded.model, batches, TARGETS, [edit])
     assert response.tokens_W.sum() == 70
     window = 0
-    for batch in verifier.batches:
+    for batch in batches:
         before = log_probs(loaded.model, batch).double()
         with steered(loaded.model, Steering(edits=(edit,))):
             after = log_probs(loaded.model, batch).double()
