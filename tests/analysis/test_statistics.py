@@ -12,6 +12,7 @@ from sra_ds.analysis.statistics import (
     block_of_documents,
     bootstrap_interval,
     measured,
+    measured_change,
     p_value,
     resampling_weights,
     with_adjusted_p,
@@ -112,3 +113,14 @@ def test_blocks_are_runs_of_documents_of_about_equal_size(documents: int) -> Non
 
 def test_an_empty_last_document_is_in_the_last_block() -> None:
     assert block_of_documents(np.array([0, 5, 10]), 10).tolist() == [5, 15, 19]
+
+
+def test_a_change_is_tested_in_both_directions() -> None:
+    null = np.linspace(-0.5, 0.4, 19)
+    for sign in (1.0, -1.0):
+        found = measured_change(sign * np.array([0.9, 1.0, 1.1]), null)
+        assert found.value == pytest.approx(sign) and found.p == 1 / 20
+        assert found.low < found.value < found.high and found.chance == 0
+        assert found.null_95 == pytest.approx(np.quantile(np.abs(null), 0.95))
+    one = measured_change(np.array([0.3]), np.empty(0))
+    assert one.value == 0.3 and np.isnan([one.low, one.high, one.p]).all()

@@ -418,6 +418,8 @@ def test_a_card_replaces_only_a_card(make_run, call, tmp_path):
         assert call(*make, card).code == 0
     notes.write_text("mine")
     call(*make, notes).refused("is no steering card; choose another --out")
+    with pytest.raises(ConfigError, match="no steering card"):
+        save_card(steering(), notes)
     assert notes.read_text() == "mine"
     call(*make, tmp_path).refused("is a directory; name a file")
     assert not list(tmp_path.parent.glob("*.partial"))

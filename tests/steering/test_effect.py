@@ -116,6 +116,17 @@ def test_the_null_moves_all_edits_of_an_expert_together(traced):
         assert (boost.by, scale.by, suppress.layer) == (1.0, 2.0, 1)
 
 
+def test_no_two_experts_edits_go_to_one(traced):
+    *_, trace = traced
+    served = np.flatnonzero(trace.load_LE[1])
+    edits = tuple(Boost(layer=1, expert=int(e), by=float(e)) for e in served)
+    moved = elsewhere(Steering(edits=edits), trace)
+    assert len(served) > 2 and moved
+    for other in moved:
+        assert {edit.expert for edit in other.edits} == set(served.tolist())
+        assert all(own.expert != new.expert for own, new in zip(edits, other.edits, strict=True))
+
+
 def test_the_null_is_in_the_order_of_nearest_load(traced):
     *_, trace = traced
     load_E = trace.load_LE[0]
