@@ -6,15 +6,19 @@ Letters: T tokens, E experts, K experts per token, D width.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from sra_ds.config import Recipe
 from sra_ds.config.model import FeedForwardConfig
 from sra_ds.config.steering import Boost, Pin, Replace, Scale, Steering, Suppress, Towards
+from sra_ds.inference.steer import steered
+from sra_ds.model.language_model import build_model
 from sra_ds.moe.experts import GroupedExperts, build_feed_forward
+from sra_ds.moe.placement import Placement
 
 
 class LoopRouting(NamedTuple):
@@ -239,3 +243,19 @@ EVERY_EDIT = Steering(
     )
 )
 """Every kind of steering, for a model of two layers of four experts and width 32."""
+
+
+@torch.no_grad()
+def assert_steered_alike(
+    recipe: Recipe, placements: Sequence[Placement], tolerance: float, device: str = "cpu"
+) -> None:
+    """Every edit acts, and with the same outcome wherever the experts are."""
+    ids_BT = torch.arange(48, device=device).view(3, 16) * 5
+    outputs = []
+    for placement in placements:
+        model = build_model(recipe, device, placement).eval()
+        with steered(model, EVERY_EDIT):
+            outputs.append(model(ids_BT).logits)
+        assert (model(ids_BT).logits - outputs[-1]).abs().max() > 1e-3
+    for other in outputs[1:]:
+        torch.testing.assert_close(other, outputs[0], rtol=tolerance, atol=tolerance)

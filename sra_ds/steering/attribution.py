@@ -28,10 +28,10 @@ from sra_ds.analysis.statistics import benjamini_hochberg
 from sra_ds.config.steering import Scale, Steering
 from sra_ds.data.loader import IGNORED, Batch
 from sra_ds.heap import giving_back
-from sra_ds.inference.steer import steered
 from sra_ds.model.language_model import LanguageModel
 from sra_ds.moe.routing import Routing
-from sra_ds.steering.effect import WordSets, log_probs, mean_divergence
+from sra_ds.steering.effect import WordSets, log_probs
+from sra_ds.steering.effect import divergence as measured_divergence
 
 DRAWS = 999
 SIGNIFICANT = 0.05
@@ -40,6 +40,7 @@ BISECTIONS = 100
 TINY = 1e-300
 FIT_BATCHES = 8
 FIT_STEPS = 12
+"""Parts of the neutral text, and tries, that a card is fitted to its divergence with."""
 DAMPING = 0.1
 """In medians of F: an expert that hardly any token of the neutral text uses is not free."""
 
@@ -188,8 +189,7 @@ def fitted(
     bases = [log_probs(model, batch) for batch in chosen]
     budget, edits, measured = divergence, cheapest(rows, divergence, lower), 0.0
     for _ in tqdm(range(FIT_STEPS), "fitting", leave=False):
-        with steered(model, Steering(edits=tuple(edits))):
-            measured = mean_divergence(model, chosen, bases)
+        measured = measured_divergence(model, Steering(edits=tuple(edits)), chosen, bases)
         if measured == 0 or abs(measured / divergence - 1) < 0.05:
             break
         budget *= divergence / measured

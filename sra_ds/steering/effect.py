@@ -112,29 +112,29 @@ def log_probs(model: LanguageModel, batch: Batch) -> Tensor:
     return log_probs_BTV
 
 
-def mean_divergence(
-    model: LanguageModel, batches: Sequence[Batch], bases: Iterable[Tensor]
+def token_divergences(was_BTV: Tensor, now_BTV: Tensor) -> Tensor:
+    """KL(was || now) in nats at every position, B x T, from log probabilities."""
+    kl_BT: Tensor = (was_BTV.exp() * (was_BTV - now_BTV)).sum(-1)
+    return kl_BT
+
+
+def divergence(
+    model: LanguageModel,
+    steering: Steering,
+    batches: Sequence[Batch],
+    bases: Sequence[Tensor] | None = None,
 ) -> float:
-    """KL divergence in nats per token of a model from what it was, by its log probabilities then."""
+    """KL divergence in nats per token of the steered model from the unsteered one, whose log
+    probabilities of each batch may be given."""
     total = tokens = 0.0
-    for batch, was_BTV in zip(batches, bases, strict=True):
-        kl_BT = (was_BTV.exp() * (was_BTV - log_probs(model, batch))).sum(-1).cpu()
+    for number, batch in enumerate(giving_back(batches)):
+        was_BTV = log_probs(model, batch) if bases is None else bases[number]
+        with steered(model, steering):
+            kl_BT = token_divergences(was_BTV, log_probs(model, batch)).cpu()
         counted_BT = batch.targets_BT != IGNORED
         total += float(kl_BT[counted_BT].double().sum())
         tokens += int(counted_BT.sum())
     return total / tokens
-
-
-def divergence(model: LanguageModel, steering: Steering, batches: Sequence[Batch]) -> float:
-    """KL divergence in nats per token of a steered model from the unsteered one."""
-    parts = []
-    for batch in giving_back(batches):
-        base_BTV = log_probs(model, batch)
-        with steered(model, steering):
-            one = mean_divergence(model, [batch], [base_BTV])
-        parts.append((one, int((batch.targets_BT != IGNORED).sum())))
-    values, weights = zip(*parts, strict=True)
-    return float(np.average(values, weights=weights))
 
 
 def unit_means(values_BT: Tensor, counted_BT: Tensor) -> Floats:

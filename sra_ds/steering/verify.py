@@ -31,11 +31,21 @@ from sra_ds.inference.load import LoadedRun
 from sra_ds.inference.places import Place
 from sra_ds.inference.steer import steered
 from sra_ds.model.language_model import LanguageModel
-from sra_ds.steering.effect import NULL_EXPERTS, log_probs, nearest_in_load, neutral_batches
+from sra_ds.steering.effect import (
+    NULL_EXPERTS,
+    log_probs,
+    nearest_in_load,
+    neutral_batches,
+    token_divergences,
+)
 
 DOSES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 BOOSTS = (1.0, 2.0)
 """In units of scores."""
+SLOPES = (
+    ("suppression_slope", "scale 0", "scale 1", 1.0),
+    ("boost_slope", "scale 1", "scale 4", 3.0),
+)
 
 Floats = NDArray[np.float64]
 
@@ -105,7 +115,7 @@ def _compare(
     batch: Batch, base_BTV: Tensor, now_BTV: Tensor, targets: Sequence[Target]
 ) -> Response:
     counted_BT = batch.targets_BT != IGNORED
-    kl_BT = (base_BTV.exp() * (base_BTV - now_BTV)).sum(-1)
+    kl_BT = token_divergences(base_BTV, now_BTV)
     targets_BT1 = batch.targets_BT.clamp(min=0).unsqueeze(-1)
     nll_BT = -now_BTV.gather(-1, targets_BT1.to(now_BTV.device)).squeeze(-1)
     effects = []
@@ -171,12 +181,6 @@ def verify(
             }
         )
     return rows
-
-
-SLOPES = (
-    ("suppression_slope", "scale 0", "scale 1", 1.0),
-    ("boost_slope", "scale 1", "scale 4", 3.0),
-)
 
 
 def null_experts(trace: Trace, target: Target) -> list[int]:

@@ -18,10 +18,8 @@ from packaging.specifiers import SpecifierSet
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from references import EVERY_EDIT, assert_same, gradients, leaves, randomise
+from references import assert_same, assert_steered_alike, gradients, leaves, randomise
 from sra_ds.config.model import MoEChannelConfig
-from sra_ds.inference.steer import steered
-from sra_ds.model.language_model import build_model
 from sra_ds.moe.backends.deepspeed import DeepSpeedBackend
 from sra_ds.moe.backends.local import LocalBackend
 from sra_ds.moe.layer import MoELayer
@@ -268,14 +266,4 @@ def test_the_engine_tells_experts_by_their_marks() -> None:
 
 
 def test_every_steering_acts_as_on_the_local_backend(tiny_recipe):
-    recipe = tiny_recipe("moe-swiglu-shared")
-    ids_BT = torch.arange(48).view(3, 16) * 5
-    outputs = []
-    for placement in (WHOLE, HERE):
-        model = build_model(recipe, "cpu", placement).eval()
-        with torch.no_grad(), steered(model, EVERY_EDIT):
-            outputs.append(model(ids_BT).logits)
-        with torch.no_grad():
-            plain = model(ids_BT).logits
-        assert (plain - outputs[-1]).abs().max() > 1e-3
-    torch.testing.assert_close(outputs[1], outputs[0], rtol=TOLERANCE, atol=TOLERANCE)
+    assert_steered_alike(tiny_recipe("moe-swiglu-shared"), (WHOLE, HERE), TOLERANCE)

@@ -4,12 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from sra_ds.analysis.traces import Pass, record
 from sra_ds.config.steering import Boost, Replace, Scale, Steering, Suppress, Towards
 from sra_ds.data.tokenizer import end_of_text_id
 from sra_ds.errors import ConfigError
-from sra_ds.evaluation.text import open_text
-from sra_ds.inference.load import load_run
 from sra_ds.inference.steer import save_card, steered
 from sra_ds.steering.effect import (
     WordSets,
@@ -25,19 +22,6 @@ from sra_ds.steering.effect import (
 
 WORDS = WordSets([10, 20, 30], [11, 21])
 EDIT = Scale(layer=0, expert=1, by=0.0)
-
-
-@pytest.fixture
-def loaded(make_run):
-    return load_run(make_run().path)
-
-
-@pytest.fixture
-def traced(loaded, tmp_path):
-    """(loaded run, its validation split, a trace of 400 of its tokens)."""
-    how = Pass(loaded.recipe.data.sequence_length, 4, end_of_text_id(loaded.tokenizer), 400)
-    with open_text(loaded) as text:
-        yield loaded, text.split, record(loaded.model, text.split, how, tmp_path / "t", {})
 
 
 def test_measures_by_hand(traced):

@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from sra_ds.analysis.traces import Pass, record
 from sra_ds.config.steering import Scale, Steering, Suppress
 from sra_ds.data.loader import IGNORED
-from sra_ds.data.tokenizer import end_of_text_id
 from sra_ds.errors import DataError
 from sra_ds.evaluation.text import open_text
 from sra_ds.inference.load import load_run
@@ -25,19 +23,6 @@ from sra_ds.steering.verify import (
 )
 
 TARGETS = [Target(0, 1, [10, 20, 30], [11, 21, 31]), Target(1, 3, [40], [50])]
-
-
-@pytest.fixture
-def loaded(make_run):
-    return load_run(make_run().path)
-
-
-@pytest.fixture
-def traced(loaded, tmp_path):
-    """(loaded run, its validation split, a trace of 400 of its tokens)."""
-    how = Pass(loaded.recipe.data.sequence_length, 4, end_of_text_id(loaded.tokenizer), 400)
-    with open_text(loaded) as text:
-        yield loaded, text.split, record(loaded.model, text.split, how, tmp_path / "t", {})
 
 
 def test_a_dose_of_one_changes_nothing(traced):
