@@ -15,7 +15,7 @@
 namespace sra {
 
 constexpr int kMaxExperts = 4096;
-constexpr int kMaxTopK = 16;
+constexpr int kMaxTopK = 32;
 constexpr float kGateEps = 1e-6f;  // as in ops/top_k_routing.py
 constexpr int kNoExpert = 0x7fffffff;
 

@@ -1,14 +1,16 @@
 """Losses: pure functions of what a forward pass returned. Nothing here holds or changes state.
 
     total = cross-entropy + w_balance * balance + w_dispersion * dispersion + w_z * z
+            + w_ponder * iterations + w_entropy * entropy + w_memory * size + w_supervision * early
 
-with each term the mean over the routed layers. Equations: SRA v1 (arXiv 2509.14255v1) for cv2, signed
+with each term the mean over the layers that have it; those of the second line are penalties that parts
+of the model return. Equations: SRA v1 (arXiv 2509.14255v1) for cv2, signed
 and z, SRA v2 for bandpass and elastic, Fedus et al. 2021 (arXiv 2101.03961) for switch. Routing
 statistics are over valid tokens; when data is split over processes they go through
 `sra_ds.training.processes.over_ranks` first.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,9 +36,31 @@ EPS = 1e-8
 
 
 def auxiliary_losses(
+    routings: Sequence[Routing], penalties: Mapping[str, Sequence[Tensor]], config: LossesConfig
+) -> dict[str, tuple[Tensor, float]]:
+    """(raw value, weight) of every active term, each the mean over the layers that have it."""
+    return {**_routing_terms(routings, config), **_penalty_terms(penalties, config)}
+
+
+def _penalty_terms(
+    penalties: Mapping[str, Sequence[Tensor]], config: LossesConfig
+) -> dict[str, tuple[Tensor, float]]:
+    weights = {
+        "ponder": config.ponder_weight,
+        "entropy": config.entropy_weight,
+        "memory": config.memory_weight,
+        "supervision": config.supervision_weight,
+    }
+    return {
+        name: (torch.stack(list(values)).mean(), weights[name])
+        for name, values in penalties.items()
+        if weights[name] > 0
+    }
+
+
+def _routing_terms(
     routings: Sequence[Routing], config: LossesConfig
 ) -> dict[str, tuple[Tensor, float]]:
-    """(raw value, weight) of every active term, each the mean over the routed layers."""
     terms: dict[str, tuple[Tensor, float]] = {}
     if not routings:
         return terms

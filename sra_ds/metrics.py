@@ -1,5 +1,6 @@
-"""Summaries of routing: pure functions of facts, for logs, progress bars and reports."""
+"""Summaries of routing and halting: pure functions of facts, for logs, progress bars and reports."""
 
+import math
 from typing import Any
 
 import torch
@@ -75,3 +76,21 @@ def anchor_drift(now_ED: Tensor, start_ED: Tensor) -> float:
     opposite; as half the squared distance of the unit vectors, which rounding never makes negative."""
     apart_ED = normalize(now_ED.double(), dim=-1) - normalize(start_ED.double(), dim=-1)
     return float(apart_ED.square().sum(-1).mean() / 2)
+
+
+def halting_summary(entropy_IBT: Tensor, iterations_BT: Tensor) -> dict[str, Any]:
+    """One layer's iterations over real tokens (not NaN): their mean, the share of tokens by number of
+    iterations 1 .. I (rounded where it is an expectation), and of each iteration's relative entropy
+    the mean, the 10th and 90th percentiles and the share of tokens that reached it."""
+    counts = iterations_BT[iterations_BT.isfinite()].double()
+    rounded = counts.round().long().clamp(min=1)
+    shares = torch.bincount(rounded - 1, minlength=len(entropy_IBT)) / max(len(counts), 1)
+    quantiles = torch.tensor([0.1, 0.9], dtype=torch.float64, device=counts.device)
+    rows = []
+    for entropy_BT in entropy_IBT:
+        found = entropy_BT[entropy_BT.isfinite()].double()
+        low, high = found.quantile(quantiles).tolist() if len(found) else (math.nan, math.nan)
+        mean = float(found.mean()) if len(found) else math.nan
+        reached = len(found) / max(len(counts), 1)
+        rows.append({"mean": mean, "p10": low, "p90": high, "reached": reached})
+    return {"iterations": float(counts.mean()), "shares": shares.tolist(), "entropy": rows}

@@ -15,19 +15,58 @@ GELU = {"kind": "gelu", "hidden": 16, "dropout": 0.0}
 SWIGLU = {"kind": "swiglu", "hidden": 16, "dropout": 0.0}
 MOE = {"kind": "moe", "experts": 4, "top_k": 2, "expert": GELU}
 
-CHANNELS: dict[str, dict[str, Any]] = {
-    "moe-cosine": {**MOE, "router": {"kind": "cosine"}},
-    "moe-linear": {**MOE, "router": {"kind": "linear", "bias": True}},
-    "moe-hash": {**MOE, "router": {"kind": "hash"}},
-    "dense": {"kind": "dense", "feed_forward": GELU},
+RESONANCE = {"kind": "resonance", "heads": 2, "iterations": 3, "threshold": 0.5}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "moe-cosine": {"channel": {**MOE, "router": {"kind": "cosine"}}},
+    "moe-linear": {"channel": {**MOE, "router": {"kind": "linear", "bias": True}}},
+    "moe-hash": {"channel": {**MOE, "router": {"kind": "hash"}}},
+    "dense": {"channel": {"kind": "dense", "feed_forward": GELU}},
     "moe-swiglu-shared": {
-        **MOE,
-        "expert": SWIGLU,
-        "shared_expert": SWIGLU,
-        "router": {"kind": "cosine", "temperature": "per_expert", "gate": "straight_through"},
+        "channel": {
+            **MOE,
+            "expert": SWIGLU,
+            "shared_expert": SWIGLU,
+            "router": {"kind": "cosine", "temperature": "per_expert", "gate": "straight_through"},
+        }
+    },
+    "resonance": {
+        "embedding": {
+            "kind": "prime_hilbert",
+            "table_width": 24,
+            "primes": [3, 5],
+            "copies": 2,
+            "dropout": 0.0,
+        },
+        "mixer": RESONANCE,
+        "channel": {"kind": "prime_masked", "feed_forward": GELU, "primes": [3, 5]},
+        "memory": {
+            "kind": "static",
+            "slots": 8,
+            "best": 3,
+            "key_width": 8,
+            "value_width": 6,
+            "rank": 3,
+        },
+        "head": {"kind": "pre_manifest", "chunk_tokens": 13, "candidates": 5},
+    },
+    "resonance-moe": {
+        "mixer": {**RESONANCE, "halting": "hard"},
+        "channel": {**MOE, "router": {"kind": "cosine"}},
+        "memory": {"kind": "persistent", "heads": 2, "head_width": 8},
+    },
+    "resonance-blocks": {
+        "mixer": {**RESONANCE, "rope_theta": None},
+        "channel": {
+            "kind": "prime_masked",
+            "feed_forward": SWIGLU,
+            "primes": [3, 5],
+            "storage": "blocks",
+        },
+        "memory": {"kind": "fast", "heads": 2, "head_width": 8},
     },
 }
-ROUTED = [name for name in CHANNELS if name != "dense"]
+ROUTED = [name for name, model in FAMILIES.items() if model["channel"]["kind"] == "moe"]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -75,8 +114,8 @@ def tiny_recipe() -> Callable[..., Recipe]:
                 "layers": 2,
                 "embedding": {"kind": "token", "dropout": 0.0},
                 "mixer": {"kind": "attention", "heads": 2, "dropout": 0.0},
-                "channel": CHANNELS[family],
                 "head": {"kind": "tied", "chunk_tokens": 13},
+                **FAMILIES[family],
             },
             "training": {"steps": 10, "batch_size": 4},
         }
@@ -85,7 +124,7 @@ def tiny_recipe() -> Callable[..., Recipe]:
     return build
 
 
-@pytest.fixture(params=list(CHANNELS))
+@pytest.fixture(params=list(FAMILIES))
 def family(request: pytest.FixtureRequest) -> str:
     """Each kind of model in turn, for `tiny_recipe`."""
     return str(request.param)

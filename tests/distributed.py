@@ -44,8 +44,8 @@ RECIPE: dict[str, Any] = {
     "model": {
         "width": 32,
         "layers": 2,
-        "embedding": {"dropout": 0.0},
-        "mixer": {"heads": 2, "dropout": 0.0},
+        "embedding": {"kind": "token", "dropout": 0.0},
+        "mixer": {"kind": "attention", "heads": 2, "dropout": 0.0},
         "channel": {
             "kind": "moe",
             "experts": 8,
@@ -53,7 +53,7 @@ RECIPE: dict[str, Any] = {
             "router": {"kind": "cosine", "initial_temperature": 3.0},
             "backend": "deepspeed",
         },
-        "head": {"chunk_tokens": 13},
+        "head": {"kind": "tied", "chunk_tokens": 13},
     },
     "losses": {
         "balance": {"kind": "cv2", "weight": 0.05},

@@ -194,11 +194,11 @@ def rotate_loop(x_TC: Tensor, positions: list[int], theta: float) -> Tensor:
 
 @torch.no_grad()
 def randomise(module: nn.Module, scale: float = 1.0) -> nn.Module:
-    """Every parameter, and the anchors of control routers, from N(0, scale^2)."""
+    """Every parameter, the anchors of control routers and persistent memory, from N(0, scale^2)."""
     for parameter in module.parameters():
         parameter.normal_(0.0, scale)
     for name, buffer in module.named_buffers():
-        if name.endswith("anchors"):
+        if name.endswith(("anchors", "start_state_HCC")):
             buffer.normal_(0.0, scale)
     return module
 

@@ -241,7 +241,7 @@ def test_terms_are_means_over_layers_with_their_weights() -> None:
         dispersion={"kind": "signed", "weight": 0.6},
         z_weight=0.001,
     )
-    terms = auxiliary_losses([first, second], config)
+    terms = auxiliary_losses([first, second], {}, config)
     assert {name: weight for name, (_, weight) in terms.items()} == {
         "balance": 0.4,
         "dispersion": 0.6,
@@ -257,12 +257,15 @@ def test_terms_are_means_over_layers_with_their_weights() -> None:
 
 def test_terms_left_out_do_not_appear() -> None:
     routing = routing_of(SHARES)
-    assert auxiliary_losses([routing], losses()) == {}
+    assert auxiliary_losses([routing], {}, losses()) == {}
     every = losses(
         balance={"kind": "cv2", "weight": 0.4},
         dispersion={"kind": "signed", "weight": 0.6},
         z_weight=0.1,
     )
-    assert auxiliary_losses([], every) == {}
-    assert set(auxiliary_losses([routing], every)) == {"balance", "z"}  # no anchors, no dispersion
+    assert auxiliary_losses([], {}, every) == {}
+    assert set(auxiliary_losses([routing], {}, every)) == {
+        "balance",
+        "z",
+    }  # no anchors, no dispersion
     assert total_loss(torch.tensor(3.0), {}) == 3

@@ -35,7 +35,8 @@ def anchor_spaces(model: LanguageModel, vocabulary: int) -> list[AnchorSpace]:
     """One per routed layer that has anchors; the first `vocabulary` ids are those of the tokenizer."""
     device = next(model.parameters()).device
     ids = torch.arange(vocabulary, device=device)
-    embedded_VD = model.embedding(ids[None], ids).squeeze(0)
+    embedded_1VD, _ = model.embedding(ids[None], torch.zeros_like(ids[None]))
+    embedded_VD = embedded_1VD.squeeze(0)
     spaces = []
     for block, router in zip(model.blocks, model.routers(), strict=True):
         rows_ED = anchor_rows(router)

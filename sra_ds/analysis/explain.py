@@ -81,8 +81,9 @@ def explain(loaded: LoadedRun, text: str, near: int = 3) -> Explanation:
     for start in range(0, len(ids), length):
         ids_BT = torch.tensor([ids[start : start + length]], device=device)
         documents_BT = document_ids(ids_BT, ids[0])
-        _, routings, _ = model.encode(ids_BT, documents_BT, keep_scores=True)
-        layers = [_decide(r, routing, near) for r, routing in zip(routers, routings, strict=True)]
+        _, found = model.encode(ids_BT, documents_BT, keep_scores=True)
+        decided = zip(routers, found.routings, strict=True)
+        layers = [_decide(router, routing, near) for router, routing in decided]
         decisions += [list(own) for own in zip(*layers, strict=True)]
     return Explanation(readable(loaded.tokenizer, ids), decisions, known_experts(loaded))
 

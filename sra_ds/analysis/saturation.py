@@ -28,8 +28,8 @@ def choices(model: LanguageModel, split: TokenSplit, how: Pass) -> NDArray[np.in
     for batch, _ in traced_batches(split, how):
         counted_T = (batch.targets_BT != IGNORED).flatten()
         own = batch.to(how.device)
-        _, routings, _ = model.encode(own.ids_BT, own.document_ids_BT, own.valid_BT)
-        ids_TLK = torch.stack([routing.expert_ids_TK.cpu() for routing in routings], 1)
+        _, found = model.encode(own.ids_BT, own.document_ids_BT, own.valid_BT)
+        ids_TLK = torch.stack([routing.expert_ids_TK.cpu() for routing in found.routings], 1)
         chosen.append(ids_TLK[counted_T])
     return torch.cat(chosen).numpy()
 

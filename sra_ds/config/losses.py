@@ -86,9 +86,17 @@ DispersionConfig = Annotated[
 
 
 class LossesConfig(Part):
-    """Auxiliary losses, each a mean over the routed layers."""
+    """Auxiliary losses, each a mean over the layers that have it."""
 
     balance: BalanceConfig = NoTerm()
     dispersion: DispersionConfig = NoTerm()
     z_weight: float = Field(0.0, ge=0)
     """Weight of the mean squared log-sum-exp of the router scores."""
+    ponder_weight: float = Field(1e-3, ge=0)
+    """Weight of the expected number of iterations where a mixer halts softly."""
+    entropy_weight: float = Field(0.0, ge=0)
+    """Weight of the relative entropy of the last iteration where a mixer halts softly."""
+    memory_weight: float = Field(1e-4, ge=0)
+    """Weight of the squared size of the change of weights that a static memory makes."""
+    supervision_weight: float = Field(0.3, ge=0)
+    """Weight of the loss of the distributions before the last, with `model.head.deep_supervision`."""

@@ -104,6 +104,10 @@ class TrainingConfig(Part):
     micro_batch_size: int = Field(0, ge=0)
     """Windows per forward pass and process; 0: as many as one step needs. Routing statistics, and so the
     balance loss, are over the windows of one micro-batch on all processes."""
+    batching: Literal["windows", "documents"] = "windows"
+    """`windows`: equal windows across documents, no padding. `documents`: a micro-batch holds documents
+    of similar length, cut at the sequence length, as many as fit into micro_batch_size x sequence_length
+    tokens with their padding; batch_size / micro_batch_size of them make a step."""
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     """`auto`: bf16 on a GPU that has it, else fp32."""
     gradient_clipping: float = Field(1.0, ge=0)
@@ -121,6 +125,15 @@ class TrainingConfig(Part):
     """Recompute attention and experts in backward; routing is kept, never recomputed."""
     compile: bool = False
     """`torch.compile` each block."""
+
+    @model_validator(mode="after")
+    def _document_batches_have_a_size(self) -> "TrainingConfig":
+        if self.batching == "documents" and not self.micro_batch_size:
+            raise ValueError(
+                "batching=documents needs micro_batch_size: times the sequence length it is the budget "
+                "of tokens of a micro-batch"
+            )
+        return self
 
     @model_validator(mode="after")
     def _schedules_rise(self) -> "TrainingConfig":

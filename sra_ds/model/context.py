@@ -11,7 +11,7 @@ from torch import Tensor
 
 class DecodingState:
     """What incremental decoding keeps: documents and validity of the S past positions, and one
-    dictionary of tensors per block, owned by its mixer."""
+    dictionary of tensors per block, owned by its mixer and its memory."""
 
     def __init__(self, layers: int) -> None:
         self.layers: list[dict[str, Tensor]] = [{} for _ in range(layers)]
@@ -37,10 +37,30 @@ class Context(NamedTuple):
 
     ids_BT: Tensor
     positions_T: Tensor
+    """Places in the window, from the first one decoded on."""
+    document_positions_BT: Tensor
+    """Real tokens of the same document before this one; 0 where a document starts."""
     valid_BT: Tensor | None
     visible_B1TS: Tensor | None
     keep_scores: bool = False
     recompute: bool = False
+
+    @property
+    def starts_BT(self) -> Tensor:
+        """Where a document starts."""
+        starts_BT = self.document_positions_BT == 0
+        return starts_BT if self.valid_BT is None else starts_BT & self.valid_BT
+
+
+def document_positions(document_ids_BS: Tensor | None, valid_BS: Tensor) -> Tensor:
+    """Real tokens of the same document before each position, B x S; padding counts nothing."""
+    counted_BS = valid_BS.cumsum(-1)
+    starts_BS = torch.zeros_like(valid_BS)
+    starts_BS[:, 0] = True
+    if document_ids_BS is not None:
+        starts_BS[:, 1:] = document_ids_BS[:, 1:] != document_ids_BS[:, :-1]
+    before_BS = ((counted_BS - valid_BS.long()) * starts_BS).cummax(-1).values
+    return (counted_BS - 1 - before_BS).clamp(min=0)
 
 
 def visible_positions(

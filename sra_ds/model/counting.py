@@ -5,22 +5,29 @@ from typing import Any
 from torch import nn
 
 from sra_ds.config.model import MoEChannelConfig
+from sra_ds.model.channels.prime_masked import SparseLinear
+from sra_ds.model.heads.pre_manifest import PreManifestHead
 from sra_ds.model.language_model import LanguageModel
+from sra_ds.model.memories.fast import FastMemory
+from sra_ds.model.mixers.attention import Attention
+from sra_ds.model.mixers.resonance import Resonance
 from sra_ds.moe.experts import GroupedExperts
 from sra_ds.moe.routers import ROUTERS
 
+PARTS = ("embedding_head", "attention", "experts", "memory", "router", "norms")
+
 
 def count_parameters(model: LanguageModel) -> dict[str, Any]:
-    """Total and active parameters, split by part.
+    """Total and active parameters, split by part. Of a sparse matrix only the live weights count.
 
     Active: what one token uses, i.e. `top_k` of E experts and all else. Routers are listed apart and
     `active` leaves them out as published counts do; `active_with_anchors` has them.
     """
     channel = model.config.channel
-    total = dict.fromkeys(("embedding_head", "attention", "experts", "router", "norms"), 0)
+    total = dict.fromkeys(PARTS, 0)
     active_experts = 0.0
     for module in model.modules():
-        size = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        size = _size(module)
         part = _part(module, model)
         total[part] += size
         if isinstance(module, GroupedExperts) and isinstance(channel, MoEChannelConfig):
@@ -39,21 +46,44 @@ def count_parameters(model: LanguageModel) -> dict[str, Any]:
     }
 
 
+def _size(module: nn.Module) -> int:
+    if isinstance(module, SparseLinear):
+        return module.live + (0 if module.bias is None else module.bias.numel())
+    return sum(parameter.numel() for parameter in module.parameters(recurse=False))
+
+
 def _part(module: nn.Module, model: LanguageModel) -> str:
-    if isinstance(module, tuple(ROUTERS.values())):
-        return "router"
+    blocks: list[Any] = list(model.blocks)
+    owners = {
+        "memory": [block.memory for block in blocks if block.memory is not None],
+        "embedding_head": [model.embedding, model.head],
+        "attention": [block.mixer for block in blocks],
+    }
     if isinstance(module, nn.LayerNorm):
         return "norms"
-    if any(module is inner for inner in model.embedding.modules()):
-        return "embedding_head"
-    if any(module is inner for block in model.blocks for inner in block.mixer.modules()):  # type: ignore[union-attr]
-        return "attention"
-    return "experts"
+    for part, own in owners.items():
+        if any(module is inner for owner in own for inner in owner.modules()):
+            return part
+    return "router" if isinstance(module, tuple(ROUTERS.values())) else "experts"
 
 
 def flops_per_token(model: LanguageModel, sequence_length: int) -> float:
-    """Training FLOPs a token needs: 6 per active parameter plus 6 T D per layer for causal attention
-    (half of the T x T products)."""
+    """Training FLOPs a token needs: 6 per active parameter, plus 6 T D per layer and iteration for
+    causal attention (half of the T x T products), plus what parts use more than once: a resonance
+    mixer's retrieval map in every iteration but the last, a refining head's table once more per step
+    without a gradient, and fast weights, which are no parameters. Memory slots count as read whole."""
     counts = count_parameters(model)
-    attention = 6 * sequence_length * model.config.width * model.config.layers
-    return float(6 * counts["active_with_anchors"] + attention)
+    total = 6 * float(counts["active_with_anchors"])
+    attention = 6 * sequence_length * model.config.width
+    for module in model.modules():
+        if isinstance(module, Attention):
+            total += attention
+        elif isinstance(module, Resonance):
+            total += attention * module.iterations
+            if module.iterations > 1:
+                total += 6 * (module.iterations - 2) * module.retrieval_weight.numel()
+        elif isinstance(module, FastMemory):  # S k, the write, S q
+            total += 6 * 3 * module.config.heads * module.config.head_width**2
+        elif isinstance(module, PreManifestHead):
+            total += 2 * module.config.steps * model.vocab_size * module.table_width
+    return total

@@ -3,18 +3,27 @@
 A tensor's seed is a hash of (run seed, its name, expert number), so a weight depends on neither the
 order of construction nor on how many other experts live in this process. Linear maps and the embedding
 N(0, 0.02), biases 0, projections into the residual stream N(0, 0.02 / sqrt(2 L)), norms identity
-(GPT-2); stacked experts as E separate networks.
+(GPT-2); stacked experts as E separate networks; sparse maps as dense ones of their rows' live inputs.
+Parts that refine or add to another start at or near doing nothing.
 """
 
 import hashlib
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sra_ds.config.model import CosineRouterConfig, RandomRouterConfig
+from sra_ds.model.channels.prime_masked import BlockLinear, MaskedLinear, SparseLinear
+from sra_ds.model.embeddings.prime_hilbert import PrimeHilbertEmbedding
 from sra_ds.model.embeddings.token import TokenEmbedding
-from sra_ds.moe.experts import GroupedExperts, ResidualLinear
+from sra_ds.model.heads.pre_manifest import PreManifestHead
+from sra_ds.model.memories.fast import FastMemory
+from sra_ds.model.memories.static import StaticMemory
+from sra_ds.model.mixers.resonance import Resonance
+from sra_ds.moe.experts import GroupedExperts, ResidualLinear, ZeroLinear
 from sra_ds.moe.routers import CosineRouter, LinearRouter, RandomRouter
 
 STD = 0.02
@@ -32,27 +41,98 @@ def initialise(model: nn.Module, seed: int) -> None:
     """Give every parameter and buffer of a `LanguageModel` its initial value."""
     residual_std = STD / math.sqrt(2 * len(model.blocks))  # type: ignore[arg-type]
     for name, module in model.named_modules():
-        if isinstance(module, nn.LayerNorm):
-            module.reset_parameters()
-        elif isinstance(module, nn.Linear):
-            _normal(
-                module.weight,
-                residual_std if isinstance(module, ResidualLinear) else STD,
-                seed,
-                name,
-            )
-            if module.bias is not None:
-                module.bias.zero_()
-        elif isinstance(module, TokenEmbedding):
-            _normal(module.weight, STD, seed, name)
-        elif isinstance(module, GroupedExperts):
-            _experts(module, residual_std, seed, name)
-        else:
-            initialise_router(module, seed, name)
+        for kind, fill in INITIALISERS.items():
+            if isinstance(module, kind):
+                fill(module, residual_std, seed, name)
+        initialise_router(module, seed, name)
 
 
 def _normal(weight: Tensor, std: float, seed: int, *path: object) -> None:
     weight.copy_(torch.empty(weight.shape).normal_(0.0, std, generator=generator(seed, *path)))
+
+
+def _orthogonal(weight: Tensor, scale: float, seed: int, *path: object) -> None:
+    drawn = torch.empty(weight.shape)
+    weight.copy_(nn.init.orthogonal_(drawn, scale, generator=generator(seed, *path)))
+
+
+def _norm(module: nn.LayerNorm, residual_std: float, seed: int, name: str) -> None:
+    del residual_std, seed, name
+    module.reset_parameters()
+
+
+def _linear(module: nn.Linear, residual_std: float, seed: int, name: str) -> None:
+    if isinstance(module, ZeroLinear):
+        module.weight.zero_()
+    else:
+        std = residual_std if isinstance(module, ResidualLinear) else STD
+        _normal(module.weight, std, seed, name)
+    if module.bias is not None:
+        module.bias.zero_()
+
+
+def _sparse(module: SparseLinear, residual_std: float, seed: int, name: str) -> None:
+    """A row with fewer live inputs has larger weights, so that outputs start at the dense map's size."""
+    drawn_by = generator(module.config.pattern_seed, name)
+    mask = module.make_mask(drawn_by.initial_seed())
+    weight = torch.empty(mask.shape)
+    _normal(weight, residual_std if module.residual else STD, seed, name)
+    weight *= mask * (module.columns / mask.sum(1, keepdim=True)).sqrt()
+    if isinstance(module, MaskedLinear):
+        module.mask.copy_(mask)
+        module.weight.copy_(weight)
+    elif isinstance(module, BlockLinear):
+        module.plan.place_N.copy_(module.make_plan().place_N)
+        module.values.copy_(weight[mask])
+    if module.bias is not None:
+        module.bias.zero_()
+
+
+def _token_embedding(module: TokenEmbedding, residual_std: float, seed: int, name: str) -> None:
+    del residual_std
+    _normal(module.weight, STD, seed, name)
+
+
+def _prime_hilbert(
+    module: PrimeHilbertEmbedding, residual_std: float, seed: int, name: str
+) -> None:
+    del residual_std
+    _normal(module.weight, STD, seed, name)
+    parts = module.subspaces_US.split(module.sizes, 1)
+    for prime, part in zip(module.config.primes, parts, strict=True):
+        _orthogonal(part, 1.0, seed, name, "subspace", prime)
+    _normal(module.head_map_UD, module.head_map_UD.shape[1] ** -0.5, seed, name, "head")
+    module.token_strength.fill_(1.0)
+    module.position_strength.fill_(0.1)
+
+
+def _resonance(module: Resonance, residual_std: float, seed: int, name: str) -> None:
+    del residual_std
+    if module.iterations == 1:
+        return
+    for head, weight in enumerate(module.retrieval_weight):
+        _orthogonal(weight, 0.1, seed, name, "retrieval", head)
+    module.update_gate.fill_(-2.0)
+    module.sharpening.fill_(-4.0)
+
+
+def _static_memory(module: StaticMemory, residual_std: float, seed: int, name: str) -> None:
+    del residual_std
+    _normal(module.values, 1.0, seed, name, "values")
+
+
+def _fast_memory(module: FastMemory, residual_std: float, seed: int, name: str) -> None:
+    del residual_std, seed, name
+    module.decay_logit.fill_(math.log(module.config.decay / (1 - module.config.decay)))
+    if module.start_state_HCC is not None:
+        module.start_state_HCC.zero_()
+
+
+def _pre_manifest(module: PreManifestHead, residual_std: float, seed: int, name: str) -> None:
+    del residual_std, seed, name
+    module.logit_scale.fill_(1.0)
+    if module.config.steps:
+        module.update_gate.fill_(-4.0)
 
 
 def _experts(module: GroupedExperts, residual_std: float, seed: int, name: str) -> None:
@@ -64,6 +144,21 @@ def _experts(module: GroupedExperts, residual_std: float, seed: int, name: str) 
     for bias in (module.up_bias, module.down_bias):
         if bias is not None:
             bias.zero_()
+
+
+INITIALISERS: dict[type[nn.Module], Callable[[Any, float, int, str], None]] = {
+    nn.LayerNorm: _norm,
+    nn.Linear: _linear,
+    SparseLinear: _sparse,
+    TokenEmbedding: _token_embedding,
+    PrimeHilbertEmbedding: _prime_hilbert,
+    Resonance: _resonance,
+    StaticMemory: _static_memory,
+    FastMemory: _fast_memory,
+    PreManifestHead: _pre_manifest,
+    GroupedExperts: _experts,
+}
+"""Called with (module, standard deviation of what writes into the residual stream, seed, name)."""
 
 
 @torch.no_grad()
@@ -83,9 +178,9 @@ def initialise_router(module: nn.Module, seed: int, name: str) -> None:
     elif isinstance(config, CosineRouterConfig):
         plain = config.temperature == "none"
         module.temperature.fill_(1.0 if plain else config.initial_temperature)
-    anchors = torch.empty(module.anchors.shape)
     if isinstance(config, CosineRouterConfig) and config.anchors == "kaiming":
+        anchors = torch.empty(module.anchors.shape)
         nn.init.kaiming_uniform_(anchors, a=math.sqrt(5), generator=generator(seed, name))
+        module.anchors.copy_(anchors)
     else:  # `data` starts here, too, and is seeded by the trainer
-        nn.init.orthogonal_(anchors, generator=generator(seed, name))
-    module.anchors.copy_(anchors)
+        _orthogonal(module.anchors, 1.0, seed, name)

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from sra_ds.config.model import ModelConfig
 from sra_ds.config.recipe import Recipe
 from sra_ds.model.block import Block
-from sra_ds.model.context import Context, DecodingState, visible_positions
+from sra_ds.model.context import Context, DecodingState, document_positions, visible_positions
 from sra_ds.model.embeddings import EMBEDDINGS
+from sra_ds.model.facts import Collected, Facts, Halting, collect
 from sra_ds.model.heads import HEADS
 from sra_ds.model.init import initialise
+from sra_ds.model.memories.fast import PersistentMemory
 from sra_ds.moe.layer import MoELayer
 from sra_ds.moe.placement import WHOLE, Placement
 from sra_ds.moe.routing import Routing
@@ -22,12 +24,14 @@ from sra_ds.ops.linear_cross_entropy import IGNORED
 
 
 class ModelOutput(NamedTuple):
-    """Everything a forward pass found out; losses and metrics are functions of it."""
+    """Everything a forward pass found out; losses and metrics are functions of it. The first fields are
+    those of `Collected`."""
 
     routings: list[Routing]
-    """One per routed layer, in order."""
     facts: dict[str, Tensor]
-    """Further measurements, named `layer<i>/<fact>`."""
+    haltings: list[Halting]
+    memory_states_HCC: list[Tensor]
+    penalties: dict[str, list[Tensor]]
     loss_sum: Tensor | None = None
     """Sum of -log p over the counted targets; like the next three, only with targets."""
     token_count: Tensor | None = None
@@ -58,7 +62,7 @@ class LanguageModel(nn.Module):
         )
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.final_norm = nn.LayerNorm(config.width)
-        self.head = HEADS[type(config.head)](config.head)
+        self.head = HEADS[type(config.head)](config.head, self.embedding.table_width)
 
     def forward(
         self,
@@ -74,19 +78,18 @@ class LanguageModel(nn.Module):
         `valid_BT` False marks padding: invisible to other positions and to routing statistics. With a
         `state` the T ids continue the sequences decoded before.
         """
-        h_BTD, routings, facts = self.encode(ids_BT, document_ids_BT, valid_BT, state, keep_scores)
-        h_ND = h_BTD.flatten(0, 1)
+        h_BTD, found = self._encode(ids_BT, document_ids_BT, valid_BT, state, keep_scores)
+        targets_N = None if targets_BT is None else targets_BT.flatten()
+        scored = self.head(h_BTD.flatten(0, 1), self.embedding, targets_N)
+        collected = collect({**found, "head": scored.facts or {}})
         if targets_BT is None:
-            logits_NV = self.head(h_ND, self.embedding).logits_NV
-            return ModelOutput(routings, facts, logits=logits_NV.view(*ids_BT.shape, -1))
-        found = self.head(h_ND, self.embedding, targets_BT.flatten())
+            return ModelOutput(*collected, logits=scored.logits_NV.view(*ids_BT.shape, -1))
         return ModelOutput(
-            routings,
-            facts,
-            loss_sum=found.loss_sum,
+            *collected,
+            loss_sum=scored.loss_sum,
             token_count=(targets_BT != IGNORED).sum(),
-            token_nll_BT=found.nll_N.view_as(ids_BT),
-            correct_BT=None if found.correct_N is None else found.correct_N.view_as(ids_BT),
+            token_nll_BT=scored.nll_N.view_as(ids_BT),
+            correct_BT=None if scored.correct_N is None else scored.correct_N.view_as(ids_BT),
         )
 
     def encode(
@@ -96,19 +99,27 @@ class LanguageModel(nn.Module):
         valid_BT: Tensor | None = None,
         state: DecodingState | None = None,
         keep_scores: bool = False,
-    ) -> tuple[Tensor, list[Routing], dict[str, Tensor]]:
-        """What the head is given, h_BTD, and the routings and facts of the blocks below it."""
+    ) -> tuple[Tensor, Collected]:
+        """What the head is given, h_BTD, and what the parts below it found out."""
+        h_BTD, found = self._encode(ids_BT, document_ids_BT, valid_BT, state, keep_scores)
+        return h_BTD, collect(found)
+
+    def _encode(
+        self,
+        ids_BT: Tensor,
+        document_ids_BT: Tensor | None,
+        valid_BT: Tensor | None,
+        state: DecodingState | None,
+        keep_scores: bool,
+    ) -> tuple[Tensor, dict[str, Facts]]:
+        """h_BTD and the facts of the parts below the head, by where they come from."""
         context = self._context(ids_BT, document_ids_BT, valid_BT, state, keep_scores)
-        x_BTD = self.embedding(ids_BT, context.positions_T)
-        routings: list[Routing] = []
-        facts: dict[str, Tensor] = {}
+        found: dict[str, Facts] = {}
+        x_BTD, found["embedding"] = self.embedding(ids_BT, context.document_positions_BT)
         for number, block in enumerate(self.blocks):
             cache = None if state is None else state.layers[number]
-            x_BTD, found = block(x_BTD, context, cache)
-            if "routing" in found:
-                routings.append(found.pop("routing"))
-            facts |= {f"layer{number}/{name}": value for name, value in found.items()}
-        return self.final_norm(x_BTD), routings, facts
+            x_BTD, found[f"layer{number}"] = block(x_BTD, context, cache)
+        return self.final_norm(x_BTD), found
 
     def new_state(self) -> DecodingState:
         """An empty state for incremental decoding."""
@@ -121,6 +132,10 @@ class LanguageModel(nn.Module):
     def routers(self) -> list[Any]:
         """The router of each routed layer, in order."""
         return [layer.router for layer in self.routed_layers()]
+
+    def persistent_memories(self) -> list[PersistentMemory]:
+        """The memories that outlive documents, in order of the layers."""
+        return [module for module in self.modules() if isinstance(module, PersistentMemory)]
 
     def _context(
         self,
@@ -144,8 +159,11 @@ class LanguageModel(nn.Module):
             visible = visible_positions(
                 documents, visible_valid, length, past + length, ids_BT.device
             )
+        every = torch.ones_like(ids_BT, dtype=torch.bool)
+        counted = every if visible_valid is None else visible_valid
+        positions_BT = document_positions(documents, counted)[:, -length:]
         recompute = self.recompute and self.training and torch.is_grad_enabled()
-        return Context(ids_BT, positions_T, valid_BT, visible, keep_scores, recompute)
+        return Context(ids_BT, positions_T, positions_BT, valid_BT, visible, keep_scores, recompute)
 
 
 def build_model(

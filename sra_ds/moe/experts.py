@@ -20,6 +20,10 @@ class ResidualLinear(nn.Linear):
     """A projection that writes into the residual stream: its initial scale shrinks with depth."""
 
 
+class ZeroLinear(nn.Linear):
+    """A projection that starts at zero: the model starts as if what it belongs to were not there."""
+
+
 class GeluFeedForward(nn.Module):
     """down(dropout(gelu(up(x))))."""
 

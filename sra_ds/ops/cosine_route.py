@@ -24,7 +24,7 @@ from sra_ds.ops.top_k_routing import EVERYONE, Selection, TopKRouting, top_k_rou
 NORM_EPS = 1e-8
 GATES = ("selected", "all", "straight_through")
 """In the order of `Gate` in kernels/row_core.h."""
-MAX_EXPERTS, MAX_TOP_K = 4096, 16
+MAX_EXPERTS, MAX_TOP_K = 4096, 32
 COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FUSED_DEVICES = ("cuda",)
 MAX_FUSED_EXPERTS = 256

@@ -9,6 +9,7 @@ model's precision. Routers compute in float32 whatever w is. Routing is assumed 
 from typing import NamedTuple
 
 from sra_ds.config.model import (
+    AttentionConfig,
     CosineRouterConfig,
     FeedForwardConfig,
     GeluConfig,
@@ -67,7 +68,8 @@ def _mixer(case: Case) -> _Part:
     twice (2 D) and the mask of documents as w numbers; unfused, three H x T matrices of weights."""
     model, w = case.recipe.model, case.width
     width, heads, length = model.width, model.mixer.heads, case.recipe.data.sequence_length
-    if case.device == "cpu" and model.mixer.dropout > 0:
+    dropout = isinstance(model.mixer, AttentionConfig) and model.mixer.dropout > 0
+    if case.device == "cpu" and dropout:
         return _Part((5 * width + 3 * heads * length) * w, width * w, width * w)
     mask = length if model.document_boundaries else 0
     return _Part((8 * width + mask) * w + heads * FLOAT, width * w, width * w)

@@ -9,13 +9,11 @@ from bisect import bisect_left, bisect_right
 from itertools import accumulate
 from typing import NamedTuple
 
-from torch import nn
-
 from sra_ds.config import Recipe
+from sra_ds.model.decay import decays
 from sra_ds.model.language_model import build_model
 from sra_ds.moe.experts import GroupedExperts
 
-NO_DECAY_SUFFIXES = ("bias", "anchors", "temperature")
 LARGEST_EXPERT_GROUP = 178_956_971
 """Elements after which DeepSpeed's `split_params_into_different_moe_groups_for_optimizer` starts the next
 group of experts."""
@@ -103,7 +101,7 @@ def read_shapes(recipe: Recipe) -> Shapes:
     modules = []
     for module in model.modules():
         weights = tuple(
-            Weight(parameter.numel(), isinstance(module, GroupedExperts), _decays(module, name))
+            Weight(parameter.numel(), isinstance(module, GroupedExperts), decays(module, name))
             for name, parameter in module.named_parameters(recurse=False)
             if parameter.requires_grad
         )
@@ -132,8 +130,3 @@ def _split(numels: list[int]) -> list[tuple[int, ...]]:
             parts.append([])
         parts[-1].append(numel)
     return [tuple(part) for part in parts]
-
-
-def _decays(module: nn.Module, name: str) -> bool:
-    """The rule of `training.engine.parameter_groups`."""
-    return not (isinstance(module, nn.LayerNorm) or name.endswith(NO_DECAY_SUFFIXES))

@@ -52,7 +52,7 @@ def routes_of_texts(loaded: LoadedRun, texts: Sequence[str]) -> tuple[Floats, Fl
         own = rows[start : start + BATCH_TEXTS]
         ids_BT, valid_BT = (part.to(device) for part in left_padded(own, end))
         counted_BT = (valid_BT & (ids_BT != end)).cpu().numpy()
-        _, routings, _ = loaded.model.encode(ids_BT, valid_BT=valid_BT)
+        routings = loaded.model.encode(ids_BT, valid_BT=valid_BT)[1].routings
         for layer, routing in enumerate(routings):
             ids_BTK = routing.expert_ids_TK.view(*ids_BT.shape, -1).cpu().numpy()
             for row, (ids_TK, counted_T) in enumerate(zip(ids_BTK, counted_BT, strict=True)):

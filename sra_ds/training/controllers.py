@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
 from sra_ds.config import Recipe
-from sra_ds.config.model import MoEChannelConfig
+from sra_ds.config.model import MoEChannelConfig, PersistentMemoryConfig
 from sra_ds.config.training import ScheduleConfig
 from sra_ds.model.language_model import LanguageModel
+from sra_ds.model.memories.fast import write_memories
 from sra_ds.moe.routing import Routing
 
 
@@ -35,14 +37,23 @@ class Intervention(NamedTuple):
         return f"remedy {self.kind} in layer {self.layer}: {len(self.experts)} experts ({numbers})"
 
 
+class Seen(NamedTuple):
+    """What a finished step found out, over all ranks and micro-batches."""
+
+    routings: Sequence[Routing] = ()
+    """One per routed layer, of the last micro-batch with the loads of all."""
+    memory_states_HCC: Sequence[Tensor] = ()
+    """One per layer with a persistent memory."""
+
+
 class Controller(Protocol):
     """Owner of one schedule."""
 
     def on_step_start(self, step: int) -> None:
         """Set what step `step` (from 0) uses."""
 
-    def on_step_end(self, step: int, routings: Sequence[Routing]) -> Sequence[Intervention]:
-        """Learn from the finished step; `routings` are over all ranks. What is to be told of it."""
+    def on_step_end(self, step: int, seen: Seen) -> Sequence[Intervention]:
+        """Learn from the finished step. What is to be told of it."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as plain JSON values."""
@@ -79,8 +90,8 @@ class TopKSchedule:
         reached = [int(k) for at, k in self.knots if at * self.steps <= step]
         set_top_k(self.routers, reached[-1])
 
-    def on_step_end(self, step: int, routings: Sequence[Routing]) -> Sequence[Intervention]:
-        del step, routings
+    def on_step_end(self, step: int, seen: Seen) -> Sequence[Intervention]:
+        del step, seen
         return ()
 
     def state_dict(self) -> dict[str, Any]:
@@ -102,8 +113,8 @@ class TemperatureSchedule:
         for router in self.routers:
             router.temperature.fill_(interpolate(self.knots, step / self.steps))
 
-    def on_step_end(self, step: int, routings: Sequence[Routing]) -> Sequence[Intervention]:
-        del step, routings
+    def on_step_end(self, step: int, seen: Seen) -> Sequence[Intervention]:
+        del step, seen
         return ()
 
     def state_dict(self) -> dict[str, Any]:
@@ -122,15 +133,36 @@ class SelectionBias:
     def on_step_start(self, step: int) -> None:
         del step
 
-    def on_step_end(self, step: int, routings: Sequence[Routing]) -> Sequence[Intervention]:
+    def on_step_end(self, step: int, seen: Seen) -> Sequence[Intervention]:
         del step
-        for router, routing in zip(self.routers, routings, strict=True):
+        for router, routing in zip(self.routers, seen.routings, strict=True):
             error_E = routing.load_E.mean() - routing.load_E
             router.selection_bias_E.add_(self.rate * torch.sign(error_E))
         return ()
 
     def state_dict(self) -> dict[str, Any]:
         return {}  # the bias is a buffer of the model
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        del state
+
+
+class MemoryWriter:
+    """Writes persistent memories: what documents start from moves towards where windows ended."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.memories = model.persistent_memories()
+
+    def on_step_start(self, step: int) -> None:
+        del step
+
+    def on_step_end(self, step: int, seen: Seen) -> Sequence[Intervention]:
+        del step
+        write_memories(self.memories, seen.memory_states_HCC)
+        return ()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}  # the memory is a buffer of the model
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         del state
@@ -147,6 +179,8 @@ def build_controllers(recipe: Recipe, model: LanguageModel) -> dict[str, Control
         controllers["temperature"] = TemperatureSchedule(model, knots, training.steps)
     if training.selection_bias_rate > 0:
         controllers["selection_bias"] = SelectionBias(model, training.selection_bias_rate)
+    if isinstance(recipe.model.memory, PersistentMemoryConfig):
+        controllers["memory"] = MemoryWriter(model)
     return controllers
 
 

@@ -22,21 +22,19 @@ from torch.nn.functional import pad
 from sra_ds.config import Recipe
 from sra_ds.config.training import AdamWConfig
 from sra_ds.errors import ConfigError
+from sra_ds.model.decay import decays
 from sra_ds.model.language_model import LanguageModel
-
-NO_DECAY_SUFFIXES = ("bias", "anchors", "temperature")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Every trainable parameter once: with decay, and without (biases, norms, anchors, temperatures);
-    experts that are spread over processes in groups of their own, as DeepSpeed wants them."""
-    norms = {id(p) for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
+    """Every trainable parameter once, with decay and without (`sra_ds.model.decay`); experts that are
+    spread over processes in groups of their own, as DeepSpeed wants them."""
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
+    for path, parameter in model.named_parameters():
         if parameter.requires_grad:
-            spared = id(parameter) in norms or name.endswith(NO_DECAY_SUFFIXES)
-            (plain if spared else decayed).append(parameter)
+            owner, _, name = path.rpartition(".")
+            (decayed if decays(model.get_submodule(owner), name) else plain).append(parameter)
     groups = [
         {"name": "decayed", "params": decayed, "weight_decay": weight_decay},
         {"name": "plain", "params": plain, "weight_decay": 0.0},

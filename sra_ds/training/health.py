@@ -195,6 +195,8 @@ def first_non_finite(engine: Any, batch: Batch) -> str:
             (f"layer {number} mixer", block.mixer),
             (f"layer {number} channel", block.channel),
         ]
+        if block.memory is not None:
+            parts.append((f"layer {number} memory", block.memory))
     parts.append(("final norm", engine.module.final_norm))
     for name, module in parts:
         handles.append(module.register_forward_hook(watch(name)))

@@ -10,7 +10,7 @@ exactly without any stored generator state.
 import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,18 +19,27 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sra_ds.config import Recipe
-from sra_ds.data.loader import Batch, TrainingWindows
+from sra_ds.data.loader import Batch
 from sra_ds.errors import TrainingError
 from sra_ds.heap import GIVE_BACK_EVERY, give_back_freed_memory
+from sra_ds.metrics import halting_summary
 from sra_ds.model.counting import flops_per_token
+from sra_ds.model.facts import Halting
 from sra_ds.moe.routing import Routing
 from sra_ds.storage import checkpoint
 from sra_ds.storage.run_dir import RunDir, read_json
 from sra_ds.training.alarms import Alarm
-from sra_ds.training.controllers import Controller, Intervention, current_top_k, learning_rate
+from sra_ds.training.controllers import (
+    Controller,
+    Intervention,
+    Seen,
+    current_top_k,
+    learning_rate,
+)
 from sra_ds.training.ds_config import BatchPlan
 from sra_ds.training.engine import plain_gradient_norm, set_learning_rate
 from sra_ds.training.engine_state import engine_state
+from sra_ds.training.feed import Feed
 from sra_ds.training.health import NOT_FORWARD, Health, first_non_finite
 from sra_ds.training.logging import RunLog
 from sra_ds.training.processes import from_all, mean_over_ranks
@@ -48,7 +57,9 @@ class StepFacts(NamedTuple):
     cross_entropy: float
     terms: dict[str, float]
     grad_norm: float
-    routings: list[Routing]
+    seen: Seen
+    haltings: list[Halting]
+    """Of this rank's last micro-batch, as are the facts."""
     facts: dict[str, float]
 
 
@@ -56,6 +67,7 @@ class Outcome(NamedTuple):
     """How the loop ended."""
 
     step: int
+    tokens: int
     stopped_by: str | None
     seconds: float
     validation: dict[str, Any] | None
@@ -71,7 +83,7 @@ class Trainer:
         recipe: Recipe,
         run: RunDir,
         engine: Any,
-        windows: TrainingWindows,
+        feed: Feed,
         batches: BatchPlan,
         layout: checkpoint.Layout,
         controllers: dict[str, Controller],
@@ -79,23 +91,23 @@ class Trainer:
         peak_flops: float,
     ) -> None:
         self.recipe, self.run_dir, self.engine = recipe, run, engine
-        self.windows, self.batches, self.layout = windows, batches, layout
+        self.feed, self.batches, self.layout = feed, batches, layout
         self.controllers, self.validate = controllers, validate
         self.rank = engine.global_rank
         self.device = engine.device
         self.health = Health(engine.module)
         self.best: dict[str, Any] | None = None
-        self.step = 0
+        self.step = self.tokens = 0
         self.seconds = 0.0
         self._saved_step = -1
         length = recipe.data.sequence_length
         self._flops = flops_per_token(engine.module, length) / peak_flops / batches.world_size
-        self._tokens_per_step = batches.batch_size * length
 
     def restore(self, folder: Path) -> None:
         """Continue from a checkpoint's trainer state; a controller that it does not know begins anew."""
         state = read_json(folder / checkpoint.TRAINER)
         self.step = self._saved_step = state["step"]
+        self.tokens = state["tokens"]
         self.seconds, self.best = state["seconds"], state["best"]
         self.health.load_state_dict(state)
         self.health.drift.load(checkpoint.open_tensors(folder, checkpoint.OPTIMIZER))
@@ -120,7 +132,9 @@ class Trainer:
         finally:
             log.close()
         experts = self.health.recent.summary()
-        return Outcome(self.step, stopped_by, self.seconds, validation, self.best, experts)
+        return Outcome(
+            self.step, self.tokens, stopped_by, self.seconds, validation, self.best, experts
+        )
 
     def _one_step(self, log: RunLog) -> None:
         training = self.recipe.training
@@ -135,14 +149,15 @@ class Trainer:
         interventions = [
             intervention
             for controller in self.controllers.values()
-            for intervention in controller.on_step_end(self.step, facts.routings)
+            for intervention in controller.on_step_end(self.step, facts.seen)
         ]
-        self.step += 1
+        targets = self.feed.targets(self.step)
+        self.step, self.tokens = self.step + 1, self.tokens + targets
         if self.step % GIVE_BACK_EVERY == 0:
             give_back_freed_memory()
         elapsed = time.perf_counter() - start
         self.seconds += elapsed
-        self._tell(log, facts, rate, self._tokens_per_step / elapsed, interventions)
+        self._tell(log, facts, rate, targets / elapsed, interventions)
 
     def _tell(
         self,
@@ -155,8 +170,8 @@ class Trainer:
         """The finished step: its line when due, with alarms; every intervention; the progress bar."""
         line = {
             "step": self.step,
-            "tokens": self.step * self._tokens_per_step,
-            "epoch": self.step * self.batches.batch_size / self.windows.count,
+            "tokens": self.tokens,
+            "epoch": self.feed.epoch(self.step),
             "loss": facts.loss,
             "cross_entropy": facts.cross_entropy,
             "auxiliary": facts.terms,
@@ -175,7 +190,9 @@ class Trainer:
             self._tell_event(log, "remedy", intervention)
         last = self.step == self.recipe.training.steps
         if self.step % self.recipe.logging.every == 0 or last:
-            experts = self.health.facts(facts.routings)
+            experts = self.health.facts(facts.seen.routings)
+            if facts.haltings:
+                line["halting"] = [halting_summary(*halting) for halting in facts.haltings]
             log.record({**line, **experts})
             for alarm in self.health.alarms(experts.get("layers", [])):
                 self._tell_event(log, "alarm", alarm)
@@ -188,13 +205,15 @@ class Trainer:
     def _optimize(self) -> StepFacts:
         """Forward and backward of every micro-batch and one optimizer step."""
         sums: dict[str, Tensor] = {}
-        step_routings: list[Routing] = []
+        seen = Seen()
         output = None
+        parts = self.batches.accumulation * self.batches.world_size
+        targets = self.feed.targets(self.step) / parts
         for micro in range(self.batches.accumulation):
             torch.manual_seed(_seed(self.recipe.training.seed, self.step, micro, self.rank))
             batch = self._batch(micro)
             output = self.engine(*batch)
-            loss, cross_entropy, terms, routings = step_loss(output, self.recipe.losses)
+            loss, cross_entropy, terms, routings = step_loss(output, self.recipe.losses, targets)
             found = {"loss": loss, "cross_entropy": cross_entropy, **terms}
             for name, value in found.items():
                 sums[name] = (
@@ -206,20 +225,27 @@ class Trainer:
             norm = plain_gradient_norm(self.engine)
             self.engine.step()
             self.health.recent.add(routings, batch.ids_BT.numel() * self.batches.world_size)
-            step_routings = _add_loads(step_routings, routings)
+            states = [own / self.batches.accumulation for own in output.memory_states_HCC]
+            seen = Seen(_add_loads(seen.routings, routings), _add(seen.memory_states_HCC, states))
         assert output is not None
         norm = float(self.engine.get_global_grad_norm() or 0.0) if norm is None else norm
         self._require_finite(norm, "gradient norm")
         facts = {name: float(value) for name, value in output.facts.items()}
         terms_only = {k: v for k, v in means.items() if k not in ("loss", "cross_entropy")}
+        seen = seen._replace(memory_states_HCC=[mean_over_ranks(s) for s in seen.memory_states_HCC])
         return StepFacts(
-            means["loss"], means["cross_entropy"], terms_only, norm, step_routings, facts
+            means["loss"],
+            means["cross_entropy"],
+            terms_only,
+            norm,
+            seen,
+            output.haltings,
+            facts,
         )
 
     def _batch(self, micro: int) -> Batch:
         """This rank's part of micro-batch `micro` of the current step."""
-        part = self.batches.rank_slice(micro, self.rank)
-        return self.windows.batch(self.step, self.batches.batch_size, part).to(self.device)
+        return self.feed.batch(self.step, micro).to(self.device)
 
     def _require_finite(self, value: float, what: str) -> None:
         """Stop with the name of the first part, on any rank and micro-batch, that is not finite."""
@@ -252,7 +278,7 @@ class Trainer:
         self.engine.train()
         if summary is None:
             return None
-        epoch = self.step * self.batches.batch_size / self.windows.count
+        epoch = self.feed.epoch(self.step)
         log.record({"step": self.step, "epoch": epoch, "validation": summary})
         log.say(
             f"step {self.step}: validation token perplexity {summary['token_perplexity']:.2f}, "
@@ -295,7 +321,7 @@ class Trainer:
         if not resumable:
             del tensors[checkpoint.OPTIMIZER]
         dead = self.health.recent.dead_experts()
-        facts = {"step": self.step, "tokens": self.step * self._tokens_per_step, "dead": dead}
+        facts = {"step": self.step, "tokens": self.tokens, "dead": dead}
         layers = self.engine.module.routed_layers()
         held = layers[0].backend.experts.expert_ids if layers else None
         contents = checkpoint.Contents(tensors, self._state(), facts, held)
@@ -304,7 +330,7 @@ class Trainer:
     def _state(self) -> dict[str, Any]:
         return {
             "step": self.step,
-            "tokens": self.step * self._tokens_per_step,
+            "tokens": self.tokens,
             "seconds": self.seconds,
             "best": self.best,
             **self.health.state_dict(),
@@ -323,7 +349,11 @@ def _mean_over_ranks(sums: dict[str, Tensor]) -> dict[str, float]:
     return dict(zip(sums, values.tolist(), strict=True))
 
 
-def _add_loads(total: list[Routing], new: list[Routing]) -> list[Routing]:
+def _add(total: Sequence[Tensor], new: list[Tensor]) -> list[Tensor]:
+    return [a + b for a, b in zip(total, new, strict=True)] if total else new
+
+
+def _add_loads(total: Sequence[Routing], new: list[Routing]) -> list[Routing]:
     """Routing of a whole step: the newest micro-batch's, with the loads of all."""
     if not total:
         return [_detached(routing, routing.load_E) for routing in new]

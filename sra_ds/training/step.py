@@ -20,12 +20,16 @@ class StepLoss(NamedTuple):
     routings: list[Routing]
 
 
-def step_loss(output: ModelOutput, config: LossesConfig) -> StepLoss:
-    """Mean cross-entropy of this process's tokens plus the weighted auxiliary terms, whose statistics are
-    over all processes. Collective."""
+def step_loss(output: ModelOutput, config: LossesConfig, targets: float | None = None) -> StepLoss:
+    """Cross-entropy of this process's tokens plus the weighted auxiliary terms, whose statistics are over
+    all processes. Collective.
+
+    `targets`, where micro-batches differ: how many one has on average, so that the mean over them and over
+    processes is the mean over the step's tokens. None: this one's own.
+    """
     assert output.loss_sum is not None and output.token_count is not None
-    cross_entropy = output.loss_sum / output.token_count
+    cross_entropy = output.loss_sum / (output.token_count if targets is None else targets)
     routings = over_ranks(output.routings)
-    terms = auxiliary_losses(routings, config)
+    terms = auxiliary_losses(routings, output.penalties, config)
     values = {name: value for name, (value, _) in terms.items()}
     return StepLoss(total_loss(cross_entropy, terms), cross_entropy, values, routings)

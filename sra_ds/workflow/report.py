@@ -30,15 +30,14 @@ def report(run: RunDir, resolved: Resolved, outcome: Outcome) -> dict[str, Any]:
         validation["legacy_sra_perplexity"] = legacy.get("perplexity")
         write_atomically(run.evaluation / "legacy_sra.json", json.dumps(legacy, indent=1))
     draw_figures(loaded, run)
-    tokens = outcome.step * resolved.batches.batch_size * recipe.data.sequence_length
     counts = count_parameters(loaded.model)
     summary = {
         "recipe": recipe.name,
         "run": str(run.path),
         "steps": outcome.step,
-        "tokens": tokens,
+        "tokens": outcome.tokens,
         "seconds": outcome.seconds,
-        "tokens_per_second": tokens / max(outcome.seconds, 1e-9),
+        "tokens_per_second": outcome.tokens / max(outcome.seconds, 1e-9),
         "params": {"total": counts["total"], "active": counts["active"]},
         "validation": validation,
         "experts": outcome.experts,

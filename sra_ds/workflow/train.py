@@ -31,6 +31,7 @@ from sra_ds.training.controllers import build_controllers
 from sra_ds.training.ds_config import zero_stage
 from sra_ds.training.engine import build_engine
 from sra_ds.training.engine_state import restore_engine
+from sra_ds.training.feed import build_feed
 from sra_ds.training.loop import Trainer, Validate
 from sra_ds.training.processes import from_first, start_processes
 from sra_ds.training.remedies import build_remedies
@@ -100,8 +101,9 @@ def _train(
         recipe, engine, lambda step: _common_batch(resolved, windows, step)
     )
     peak, _ = environment.peak_flops(resolved.device, resolved.dtype)
+    feed = build_feed(recipe, corpus, batches, environment.rank())
     trainer = Trainer(
-        recipe, run, engine, windows, batches, layout, controllers,
+        recipe, run, engine, feed, batches, layout, controllers,
         _validator(recipe, corpus, run, resolved.device), peak,
     )  # fmt: skip
     if resumed is not None:

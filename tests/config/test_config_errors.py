@@ -60,7 +60,7 @@ BAD_OVERRIDES = {
     "model.channel.router=coz": (
         "model.channel.router.kind: got 'coz', allowed: 'cosine', 'linear', 'random', 'hash'"
     ),
-    "model.mixer=wavelet": "model.mixer.kind: Input should be 'attention' (got 'wavelet')",
+    "model.mixer=wavelet": "model.mixer.kind: got 'wavelet', allowed: 'attention', 'resonance'",
     "data.source=web": (
         "data.source: got 'web', allowed: 'docstrings', 'text', 'wikitext-103', 'wikitext-2', 'hub'"
     ),

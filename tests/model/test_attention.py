@@ -22,7 +22,8 @@ def attention(dropout: float = 0.0) -> Attention:
 
 def context(length: int, visible: Tensor | None = None, past: int = 0) -> Context:
     ids_BT = torch.zeros(1, length, dtype=torch.int64)
-    return Context(ids_BT, torch.arange(past, past + length), None, visible)
+    positions_T = torch.arange(past, past + length)
+    return Context(ids_BT, positions_T, positions_T.expand_as(ids_BT), None, visible)
 
 
 def vectors(batch: int, length: int) -> Tensor:

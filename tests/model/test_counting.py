@@ -13,6 +13,7 @@ Builder = Callable[..., Recipe]
 VOCABULARY, WIDTH, LAYERS, EXPERTS, TOP_K, HIDDEN = 257, 32, 2, 4, 2, 16
 GELU = 2 * WIDTH * HIDDEN + HIDDEN + WIDTH
 SWIGLU = 3 * WIDTH * HIDDEN
+LIVE = sum((i - j) % 3 == 0 or (i - j) % 5 == 0 for i in range(HIDDEN) for j in range(WIDTH))
 FEED_FORWARDS = {
     "moe-cosine": (EXPERTS * GELU, TOP_K * GELU, EXPERTS * WIDTH + 1),
     "moe-linear": (EXPERTS * GELU, TOP_K * GELU, EXPERTS * WIDTH + EXPERTS),
@@ -23,6 +24,23 @@ FEED_FORWARDS = {
         (TOP_K + 1) * SWIGLU,
         EXPERTS * WIDTH + EXPERTS,
     ),
+    "resonance": (2 * LIVE + HIDDEN + WIDTH, 2 * LIVE + HIDDEN + WIDTH, 0),
+    "resonance-moe": (EXPERTS * GELU, TOP_K * GELU, EXPERTS * WIDTH + 1),
+    "resonance-blocks": (3 * LIVE, 3 * LIVE, 0),
+}
+TABLE, SUBSPACES = 24, 2 * (3 + 5)
+PRIME_HILBERT = (
+    (VOCABULARY + 2 * WIDTH + SUBSPACES) * TABLE  # table, skip, head map, projections
+    + (SUBSPACES + 1) * WIDTH  # out
+    + 2 * 2  # strengths of tokens and positions
+)
+PRE_MANIFEST = TABLE**2 + 2
+EMBEDDING_HEAD = {"resonance": PRIME_HILBERT + PRE_MANIFEST}
+RETRIEVAL = 2 * ((WIDTH // 2) ** 2 + 2)
+MEMORY = {
+    "resonance": WIDTH * 8 + 8 * 8 + 1 + 8 * 6 + (6 * 3 + 3) + 2 * 3 * WIDTH,
+    "resonance-moe": (3 + 1) * WIDTH * 16 + WIDTH * 2 + 2 + 2,
+    "resonance-blocks": (3 + 1) * WIDTH * 16 + WIDTH * 2 + 2 + 2,
 }
 ATTENTION = 4 * WIDTH * WIDTH + 4 * WIDTH
 NORMS = 4 * WIDTH * LAYERS + 2 * WIDTH
@@ -32,11 +50,12 @@ def test_t12_counts_equal_the_closed_form(tiny_recipe: Builder, family: str) -> 
     total_experts, active_experts, router = FEED_FORWARDS[family]
     counts = count_parameters(build_model(tiny_recipe(family), "meta"))
     by_part = {
-        "embedding_head": VOCABULARY * WIDTH,
-        "attention": LAYERS * ATTENTION,
+        "embedding_head": EMBEDDING_HEAD.get(family, VOCABULARY * WIDTH),
+        "attention": LAYERS * (ATTENTION + RETRIEVAL * family.startswith("resonance")),
         "experts": LAYERS * total_experts,
+        "memory": LAYERS * MEMORY.get(family, 0),
         "router": LAYERS * router,
-        "norms": NORMS,
+        "norms": NORMS + 2 * SUBSPACES * (family == "resonance"),
     }
     active_by_part = {**by_part, "experts": LAYERS * active_experts}
     assert counts["total_by_part"] == by_part
@@ -49,7 +68,10 @@ def test_t12_counts_equal_the_closed_form(tiny_recipe: Builder, family: str) -> 
 
 def test_t12_total_is_the_number_of_stored_weights(tiny_recipe: Builder, family: str) -> None:
     model = build_model(tiny_recipe(family))
-    assert count_parameters(model)["total"] == sum(p.numel() for p in model.parameters())
+    stored = sum(p.numel() for p in model.parameters())
+    dead = sum((~mask).sum() for name, mask in model.named_buffers() if name.endswith("mask"))
+    assert count_parameters(model)["total"] == stored - dead
+    assert (dead > 0) == (family == "resonance")
 
 
 @pytest.mark.parametrize("router", ["cosine", "random"])
@@ -87,6 +109,15 @@ def test_t12_flops_are_six_per_active_weight_and_half_the_attention_square(
     # per layer and token: scores and their use, 2 T D multiply-adds, half of them masked, 3 passes
     attention = LAYERS * (2 * length * WIDTH) * 2 / 2 * 3
     expected = 6 * count_parameters(model)["active_with_anchors"] + attention
+    if family.startswith("resonance"):  # 3 iterations, whose retrieval map is used twice
+        expected += 2 * attention + LAYERS * 6 * 2 * (WIDTH // 2) ** 2
+    if family in (
+        "resonance-moe",
+        "resonance-blocks",
+    ):  # recall, write and read of 2 heads of 8 x 8
+        expected += LAYERS * 6 * 3 * 2 * 8**2
+    if family == "resonance":  # the table once more, forwards only
+        expected += 2 * VOCABULARY * TABLE
     assert flops_per_token(model, length) == expected
 
 

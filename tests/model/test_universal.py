@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from conftest import ROUTED
 from references import assert_same, gradients, randomise
 from sra_ds.config import Recipe
 from sra_ds.config.losses import LossesConfig
@@ -21,6 +22,10 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 Builder = Callable[..., Recipe]
 VOCABULARY, LENGTH = 257, 12
+UNDECAYED = (
+    *("bias", "anchors", "temperature", "token_strength", "position_strength"),
+    *("update_gate", "sharpening", "decay_logit", "logit_scale"),
+)
 AUXILIARY = LossesConfig.model_validate(
     {"balance": {"kind": "cv2", "weight": 0.1}, "z_weight": 0.1}
 )
@@ -51,7 +56,7 @@ def train_step(
     """One step on the mean loss with auxiliary terms; gradients stay for inspection."""
     optimizer.zero_grad(set_to_none=True)
     output = model(ids_BT, targets_BT)
-    terms = auxiliary_losses(output.routings, AUXILIARY)
+    terms = auxiliary_losses(output.routings, output.penalties, AUXILIARY)
     total_loss(output.loss_sum / output.token_count, terms).backward()
     optimizer.step()
     return output
@@ -76,9 +81,9 @@ def test_t1_logits_have_no_derivative_with_respect_to_later_or_foreign_tokens(
     doc_BT = (torch.arange(LENGTH) >= 5).long()[None] if documents else None
     inputs: list[Tensor] = []
 
-    def keep(module: nn.Module, arguments: Any, x_BTD: Tensor) -> Tensor:
-        inputs.append(x_BTD.detach().requires_grad_())
-        return inputs[0]
+    def keep(module: nn.Module, arguments: Any, found: tuple[Tensor, Any]) -> Any:
+        inputs.append(found[0].detach().requires_grad_())
+        return inputs[0], found[1]
 
     unit_scale.embedding.register_forward_hook(keep)
     logits_TV = unit_scale(tokens(1), document_ids_BT=doc_BT).logits[0]
@@ -233,7 +238,7 @@ def trained(
     """Output and gradients of the mean loss with auxiliary terms."""
     model.zero_grad(set_to_none=True)
     output = model(ids_BT, targets_BT, valid_BT=valid_BT)
-    terms = auxiliary_losses(output.routings, AUXILIARY)
+    terms = auxiliary_losses(output.routings, output.penalties, AUXILIARY)
     total_loss(output.loss_sum / output.token_count, terms).backward()
     return output, gradients(model)
 
@@ -275,7 +280,7 @@ def test_t9_bf16_is_finite_and_routes_in_float32(
         router.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
         output = model(tokens(), tokens(), keep_scores=True)
-        terms = auxiliary_losses(output.routings, AUXILIARY)
+        terms = auxiliary_losses(output.routings, output.penalties, AUXILIARY)
         total_loss(output.loss_sum / output.token_count, terms).backward()
     assert output.loss_sum.dtype == output.token_nll_BT.dtype == torch.float32
     assert output.loss_sum.isfinite()
@@ -328,7 +333,7 @@ def test_t11_the_optimizer_owns_every_parameter_once_and_decays_matrices_only(
     spared = set(trainable.values()) - decayed
     assert {group["weight_decay"] for group in groups} == {0.0, 0.1}
     for name in trainable.values():
-        small = name.endswith(("bias", "anchors", "temperature")) or "norm" in name
+        small = name.endswith(UNDECAYED) or "norm" in name
         assert (name in spared) == small, name
     assert "embedding.weight" in decayed
     if family == "moe-cosine":
@@ -360,8 +365,8 @@ def test_recomputation_changes_no_bit_of_a_step_and_never_routes_again(
 
     for block in model.blocks:
         count("mixer", block.mixer)
-        dense = family == "dense"
-        count("experts", block.channel.feed_forward if dense else block.channel.moe.backend)
+        routed = family in ROUTED
+        count("experts", block.channel.moe.backend if routed else block.channel.feed_forward)
     for router in model.routers():
         count("router", router)
     layers, routers = len(model.blocks), len(model.routers())
@@ -395,9 +400,13 @@ def test_losses_are_those_of_the_logits(tiny_recipe: Builder, family: str) -> No
 def test_facts_and_routings_are_reported_per_layer(tiny_recipe: Builder, family: str) -> None:
     model = build_model(tiny_recipe(family)).eval()
     output = model(tokens())
-    routed = family != "dense"
+    routed = family in ROUTED
     assert len(output.routings) == len(model.routers()) == (2 if routed else 0)
     names = {f"layer{layer}/{fact}" for layer in (0, 1) for fact in ("stream_rms", "channel_rms")}
-    assert names == set(output.facts)
-    assert all(fact > 0 and not fact.requires_grad for fact in output.facts.values())
-    assert len(output.anchor_grams) == (2 if family in ("moe-cosine", "moe-swiglu-shared") else 0)
+    assert names == {fact for fact in output.facts if fact.endswith(("stream_rms", "channel_rms"))}
+    assert all(output.facts[name] > 0 for name in names)
+    assert not any(fact.requires_grad or fact.ndim for fact in output.facts.values())
+    cosine = ("moe-cosine", "moe-swiglu-shared", "resonance-moe")
+    assert len(output.anchor_grams) == (2 if family in cosine else 0)
+    assert len(output.haltings) == (2 if family.startswith("resonance") else 0)
+    assert len(output.memory_states_HCC) == (2 if family == "resonance-moe" else 0)

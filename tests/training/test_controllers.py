@@ -9,7 +9,13 @@ from commands import RECIPE
 from sra_ds.config.loading import merge, validate
 from sra_ds.config.training import ScheduleConfig
 from sra_ds.model.language_model import build_model
-from sra_ds.training.controllers import build_controllers, current_top_k, interpolate, learning_rate
+from sra_ds.training.controllers import (
+    Seen,
+    build_controllers,
+    current_top_k,
+    interpolate,
+    learning_rate,
+)
 
 
 def recipe(**training):
@@ -59,7 +65,7 @@ def test_selection_bias_moves_against_the_load():
     model = build_model(asked).eval()
     ids = torch.zeros(1, 8, dtype=torch.int64)
     routings = model(ids).routings
-    build_controllers(asked, model)["selection_bias"].on_step_end(0, routings)
+    build_controllers(asked, model)["selection_bias"].on_step_end(0, Seen(routings))
     for router, routing in zip(model.routers(), routings, strict=True):
         expected = 0.1 * torch.sign(routing.load_E.mean() - routing.load_E)
         assert torch.equal(router.selection_bias_E, expected)

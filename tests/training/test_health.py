@@ -29,6 +29,7 @@ from sra_ds.training.controllers import build_controllers
 from sra_ds.training.ds_config import plan_batches
 from sra_ds.training.engine import read_parameter
 from sra_ds.training.engine_state import engine_state, forget_rows, restore_engine
+from sra_ds.training.feed import WindowFeed
 from sra_ds.training.health import Health
 from sra_ds.training.loop import Trainer
 from sra_ds.training.remedies import build_remedies
@@ -84,7 +85,7 @@ class Windows:
     count = 64
 
     def __init__(self, recipe: Any) -> None:
-        self.recipe = recipe
+        self.recipe, self.length = recipe, recipe.data.sequence_length
 
     def batch(self, step: int, batch_size: int, part: slice = slice(None)) -> Batch:
         return cut(random_batch(self.recipe, batch_size, step), part)
@@ -105,9 +106,9 @@ def open_trainer(case: Case, folder: Path, start: Path | None = None) -> Trainer
     controllers = build_controllers(recipe, engine.module)
     controllers |= build_remedies(recipe, engine, lambda step: windows.batch(step, 8))
     layout = checkpoint.Layout(world, case.stage, case.ep)
-    trainer = Trainer(
-        recipe, run, engine, windows, plan_batches(recipe, world), layout, controllers, score, 1.0
-    )
+    plan = plan_batches(recipe, world)
+    feed = WindowFeed(windows, plan, dist.get_rank())
+    trainer = Trainer(recipe, run, engine, feed, plan, layout, controllers, score, 1.0)
     if start is not None:
         trainer.restore(start)
     return trainer

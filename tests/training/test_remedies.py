@@ -17,7 +17,7 @@ from sra_ds.errors import ConfigError
 from sra_ds.model.language_model import build_model
 from sra_ds.training.anchors import router_inputs
 from sra_ds.training.bench import random_batch
-from sra_ds.training.controllers import Intervention
+from sra_ds.training.controllers import Intervention, Seen
 from sra_ds.training.engine import build_optimizer
 from sra_ds.training.remedies import Remedies, build_remedies
 from sra_ds.training.step import step_loss
@@ -67,11 +67,11 @@ def remedies_of(engine: PlainEngine) -> Remedies:
     return Remedies(engine.recipe, engine, engine.batch)
 
 
-def loads(*layers: list[float]) -> list[Any]:
+def loads(*layers: list[float]) -> Seen:
     """Facts of a step, as far as remedies look at them; every layer with k = 2."""
-    return [
-        SimpleNamespace(load_E=torch.tensor(x), expert_ids_TK=torch.zeros(1, 2)) for x in layers
-    ]
+    return Seen(
+        [SimpleNamespace(load_E=torch.tensor(x), expert_ids_TK=torch.zeros(1, 2)) for x in layers]
+    )
 
 
 def test_a_dead_anchor_becomes_the_router_input_of_a_token_once_a_window(
@@ -82,7 +82,7 @@ def test_a_dead_anchor_becomes_the_router_input_of_a_token_once_a_window(
     for step in range(4):
         routings = engine.train_step(step)
         states.append(copy.deepcopy(engine))
-        done.append(remedies.on_step_end(step, routings))
+        done.append(remedies.on_step_end(step, Seen(routings)))
     assert [[(i.kind, i.layer, i.experts, i.load) for i in found] for found in done] == [
         [],
         [("reseed_dead_anchors", layer, [DEAD], [0.0]) for layer in (0, 1)],
@@ -115,7 +115,7 @@ def test_the_new_anchor_brings_its_expert_to_life(tiny_recipe: Builder) -> None:
         first.anchors[DEAD] *= -1
     routings = engine(*engine.batch(0)).routings
     assert routings[0].load_E[DEAD] == 0
-    remedies_of(engine).on_step_end(0, routings)
+    remedies_of(engine).on_step_end(0, Seen(routings))
     assert engine(*engine.batch(0)).routings[0].load_E[DEAD] > 0
 
 
@@ -123,7 +123,7 @@ def test_other_steps_take_other_tokens_and_the_same_step_the_same(tiny_recipe: B
     recipe, found = recipe_with(tiny_recipe, reseed_dead_anchors=True, window_tokens=64), []
     for step in (5, 5, 6):
         engine = PlainEngine(recipe)
-        remedies_of(engine).on_step_end(step, engine(*engine.batch(0)).routings)
+        remedies_of(engine).on_step_end(step, Seen(engine(*engine.batch(0)).routings))
         found.append(engine.module.routers()[1].anchors[DEAD])
     assert torch.equal(found[0], found[1]) and not torch.allclose(found[0], found[2])
 
@@ -167,8 +167,8 @@ def test_a_window_goes_on_from_a_checkpoint(tiny_recipe: Builder) -> None:
             twin = copy.deepcopy(engine)
             resumed = remedies_of(twin)
             resumed.load_state_dict(json.loads(json.dumps(remedies.state_dict())))
-            done.append(resumed.on_step_end(step, routings))
-        done.append(remedies.on_step_end(step, routings))
+            done.append(resumed.on_step_end(step, Seen(routings)))
+        done.append(remedies.on_step_end(step, Seen(routings)))
     assert twin is not None and done[:2] == [[], []] and done[2] == done[3] and done[2]
     for mine, theirs in zip(twin.module.routers(), engine.module.routers(), strict=True):
         assert torch.equal(mine.anchors, theirs.anchors)

@@ -24,7 +24,7 @@ class SraConfig(PreTrainedConfig):  # type: ignore[misc]
         num_hidden_layers: int = 2,
         num_attention_heads: int = 4,
         channel: dict[str, Any] | None = None,
-        rope_theta: float = 10_000.0,
+        rope_theta: float | None = 10_000.0,
         embedding_dropout: float = 0.0,
         attention_dropout: float = 0.0,
         max_position_embeddings: int = 256,

@@ -31,6 +31,7 @@ from sra_ds.config.model import (
     LinearRouterConfig,
     ModelConfig,
     MoEChannelConfig,
+    NoMemoryConfig,
     RandomRouterConfig,
     SwigluConfig,
     TiedHeadConfig,
@@ -46,7 +47,8 @@ ROUTER = "kind gate noise"
 KNOWN: dict[Any, set[str]] = {
     part: set(fields.split())
     for part, fields in {
-        ModelConfig: "width layers embedding mixer channel head document_boundaries",
+        ModelConfig: "width layers embedding mixer channel memory head document_boundaries",
+        NoMemoryConfig: "kind",
         TokenEmbeddingConfig: "kind dropout",
         AttentionConfig: "kind heads rope_theta dropout",
         DenseChannelConfig: "kind feed_forward",
@@ -123,6 +125,7 @@ def new_name(name: str) -> str:
 def model_config(loaded: LoadedRun) -> dict[str, Any]:
     """`config.json`."""
     model, end = loaded.recipe.model, end_of_text_id(loaded.tokenizer)
+    assert isinstance(model.mixer, AttentionConfig)  # or `require_known` had refused it
     channel = model.channel.model_dump(mode="json", exclude={"backend"})
     if loaded.model.routers():
         channel["top_k"] = loaded.model.routers()[0].top_k

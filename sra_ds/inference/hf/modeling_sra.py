@@ -232,7 +232,8 @@ class Attention(nn.Module):
         """`visible` is a mask B x 1 x T x S; None means causal and nothing else."""
         B, T, D = x_BTD.shape
         q, k, v = self.qkv(x_BTD).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        q, k = rotate(q, positions_BT, self.theta), rotate(k, positions_BT, self.theta)
+        if self.theta is not None:
+            q, k = rotate(q, positions_BT, self.theta), rotate(k, positions_BT, self.theta)
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
         dropout = self.dropout if self.training else 0.0

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sra_ds.config.model import DenseChannelConfig
+from sra_ds.config.model import DenseChannelConfig, PrimeMaskedChannelConfig
 from sra_ds.model.context import Context
 from sra_ds.moe.experts import build_feed_forward
 
@@ -13,7 +13,7 @@ from sra_ds.moe.experts import build_feed_forward
 class DenseChannel(nn.Module):
     """x_BTD, context -> (y_BTD, {})."""
 
-    def __init__(self, config: DenseChannelConfig, width: int) -> None:
+    def __init__(self, config: DenseChannelConfig | PrimeMaskedChannelConfig, width: int) -> None:
         super().__init__()
         self.feed_forward = build_feed_forward(config.feed_forward, width)
 

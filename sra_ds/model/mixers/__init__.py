@@ -4,7 +4,11 @@ from typing import Any
 
 from torch import nn
 
-from sra_ds.config.model import AttentionConfig
+from sra_ds.config.model import AttentionConfig, ResonanceConfig
 from sra_ds.model.mixers.attention import Attention
+from sra_ds.model.mixers.resonance import Resonance
 
-MIXERS: dict[type[Any], type[nn.Module]] = {AttentionConfig: Attention}
+MIXERS: dict[type[Any], type[nn.Module]] = {
+    AttentionConfig: Attention,
+    ResonanceConfig: Resonance,
+}

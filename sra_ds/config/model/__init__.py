@@ -1,0 +1,103 @@
+"""The language model: embedding -> blocks[mixer, channel (+ memory)] -> head, each a closed choice by
+`kind`."""
+
+from pydantic import Field, model_validator
+
+from sra_ds.config.base import Part
+from sra_ds.config.model.channels import (
+    ChannelConfig,
+    DenseChannelConfig,
+    FeedForwardConfig,
+    GeluConfig,
+    MoEChannelConfig,
+    PrimeMaskedChannelConfig,
+    SwigluConfig,
+)
+from sra_ds.config.model.embeddings import (
+    EmbeddingConfig,
+    PrimeHilbertEmbeddingConfig,
+    TokenEmbeddingConfig,
+)
+from sra_ds.config.model.heads import HeadConfig, PreManifestHeadConfig, TiedHeadConfig
+from sra_ds.config.model.memory import (
+    FastMemoryConfig,
+    FastWeightsConfig,
+    MemoryConfig,
+    NoMemoryConfig,
+    PersistentMemoryConfig,
+    StaticMemoryConfig,
+)
+from sra_ds.config.model.mixers import AttentionConfig, HeadsConfig, MixerConfig, ResonanceConfig
+from sra_ds.config.model.routers import (
+    AnyRouterConfig,
+    CosineRouterConfig,
+    GateForm,
+    HashRouterConfig,
+    LinearRouterConfig,
+    RandomRouterConfig,
+    RouterConfig,
+)
+
+__all__ = [
+    "AnyRouterConfig",
+    "AttentionConfig",
+    "ChannelConfig",
+    "CosineRouterConfig",
+    "DenseChannelConfig",
+    "EmbeddingConfig",
+    "FastMemoryConfig",
+    "FastWeightsConfig",
+    "FeedForwardConfig",
+    "GateForm",
+    "GeluConfig",
+    "HashRouterConfig",
+    "HeadConfig",
+    "HeadsConfig",
+    "LinearRouterConfig",
+    "MemoryConfig",
+    "MixerConfig",
+    "MoEChannelConfig",
+    "ModelConfig",
+    "NoMemoryConfig",
+    "PersistentMemoryConfig",
+    "PreManifestHeadConfig",
+    "PrimeHilbertEmbeddingConfig",
+    "PrimeMaskedChannelConfig",
+    "RandomRouterConfig",
+    "ResonanceConfig",
+    "RouterConfig",
+    "StaticMemoryConfig",
+    "SwigluConfig",
+    "TiedHeadConfig",
+    "TokenEmbeddingConfig",
+]
+
+
+class ModelConfig(Part):
+    """A pre-LN decoder. The vocabulary size belongs to `data.tokenizer`."""
+
+    width: int = Field(512, ge=1)
+    """Residual width D."""
+    layers: int = Field(4, ge=1)
+    embedding: EmbeddingConfig = TokenEmbeddingConfig()
+    mixer: MixerConfig = AttentionConfig()
+    channel: ChannelConfig
+    memory: MemoryConfig = NoMemoryConfig()
+    head: HeadConfig = TiedHeadConfig()
+    document_boundaries: bool = True
+    """Tokens see their own document only, whatever the mixer."""
+
+    @model_validator(mode="after")
+    def _whole_heads(self) -> "ModelConfig":
+        if self.width % (2 * self.mixer.heads):
+            raise ValueError(
+                f"width={self.width} must be a multiple of 2 x mixer.heads={2 * self.mixer.heads}"
+            )
+        if isinstance(self.channel, MoEChannelConfig):
+            for name, size in (
+                ("width", self.width),
+                ("expert.hidden", self.channel.expert.hidden),
+            ):
+                if size % 8:
+                    raise ValueError(f"{name}={size} must be a multiple of 8 for grouped products")
+        return self

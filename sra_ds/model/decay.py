@@ -1,0 +1,20 @@
+"""Which parameters weight decay pulls towards zero: matrices, in which small means simple."""
+
+from torch import nn
+
+SPARED = (
+    "bias",
+    "anchors",
+    "temperature",
+    "update_gate",
+    "sharpening",
+    "strength",
+    "decay_logit",
+    "logit_scale",
+)
+"""Ends of the names of parameters for which zero is nothing special."""
+
+
+def decays(module: nn.Module, name: str) -> bool:
+    """Whether the module's parameter of this name decays."""
+    return not (isinstance(module, nn.LayerNorm) or name.endswith(SPARED))
