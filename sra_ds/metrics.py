@@ -1,6 +1,5 @@
 """Summaries of routing and halting: pure functions of facts, for logs, progress bars and reports."""
 
-import math
 from typing import Any
 
 import torch
@@ -81,7 +80,7 @@ def anchor_drift(now_ED: Tensor, start_ED: Tensor) -> float:
 def halting_summary(entropy_IBT: Tensor, iterations_BT: Tensor) -> dict[str, Any]:
     """One layer's iterations over real tokens (not NaN): their mean, the share of tokens by number of
     iterations 1 .. I (rounded where it is an expectation), and of each iteration's relative entropy
-    the mean, the 10th and 90th percentiles and the share of tokens that reached it."""
+    the mean, the 10th and 90th percentiles and the share of tokens that reached it; None of none."""
     counts = iterations_BT[iterations_BT.isfinite()].double()
     rounded = counts.round().long().clamp(min=1)
     shares = torch.bincount(rounded - 1, minlength=len(entropy_IBT)) / max(len(counts), 1)
@@ -89,8 +88,9 @@ def halting_summary(entropy_IBT: Tensor, iterations_BT: Tensor) -> dict[str, Any
     rows = []
     for entropy_BT in entropy_IBT:
         found = entropy_BT[entropy_BT.isfinite()].double()
-        low, high = found.quantile(quantiles).tolist() if len(found) else (math.nan, math.nan)
-        mean = float(found.mean()) if len(found) else math.nan
+        low, high = found.quantile(quantiles).tolist() if len(found) else (None, None)
+        mean = float(found.mean()) if len(found) else None
         reached = len(found) / max(len(counts), 1)
         rows.append({"mean": mean, "p10": low, "p90": high, "reached": reached})
-    return {"iterations": float(counts.mean()), "shares": shares.tolist(), "entropy": rows}
+    mean = float(counts.mean()) if len(counts) else None
+    return {"iterations": mean, "shares": shares.tolist(), "entropy": rows}

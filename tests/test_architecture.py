@@ -44,7 +44,11 @@ OWNERS = {
     },
     "megablocks": {"moe/backends/megablocks.py"},
     "triton": {"moe/backends/megablocks.py"},
-    "matplotlib": {"analysis/plots.py", "analysis/expert_plots.py"},
+    "matplotlib": {
+        "analysis/plots.py",
+        "analysis/expert_plots.py",
+        "analysis/resonance_plots.py",
+    },
     "HanTa": {"analysis/syntax.py"},
     "umap": {"analysis/anchors.py"},
     "jinja2": {"analysis/report.py"},
@@ -96,7 +100,7 @@ def test_config_and_errors_import_no_torch():
 
 
 def test_parts_of_the_model_do_not_import_each_other():
-    folders = ("embeddings", "mixers", "channels", "heads")
+    folders = ("embeddings", "mixers", "channels", "memories", "heads")
     for path in FILES:
         parts = path.relative_to(PACKAGE).parts
         if parts[0] != "model" or parts[1] not in folders:

@@ -6,6 +6,7 @@ scaling   throughput of two processes over one, one thread and the same batch ea
 memory    peak memory of one training step, in plain torch and at ZeRO-2, each in a fresh process
 router    the compiled routing operator against the usual chain of torch calls; router-grid: all sizes
 experts   the compiled experts against grouped products, a loop, AutoEP and one large product
+mixer     resonance against attention; channel: the sparse feed-forward network against a dense one
 """
 
 import argparse
@@ -21,13 +22,13 @@ from sra_ds.training.environment import prepare_process
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("0", "1", "2", "3")
-KERNELS = ("router", "router-grid", "experts")
+KERNELS, PARTS = ("router", "router-grid", "experts"), ("mixer", "channel")
 
 
 def main() -> int:
     """Parse and run."""
     parser = cli.parser(__doc__ or "")
-    parser.add_argument("what", choices=("step", "backends", "scaling", "memory", *KERNELS))
+    parser.add_argument("what", choices=("step", "backends", "scaling", "memory", *KERNELS, *PARTS))
     parser.add_argument("--recipes", nargs="+", help="the recipe, then its dense twin")
     parser.add_argument("--batch", type=cli.at_least(1), help="windows a step, for backends")
     parser.add_argument("--stages", nargs="*", choices=STAGES, default=STAGES[:3], help="for step")
@@ -42,10 +43,12 @@ def command(arguments: argparse.Namespace) -> dict[str, Any]:
     prepare_process()
     from sra_ds.training import bench  # DeepSpeed reads the environment when it is imported
     from sra_ds.training.kernel_bench import bench_kernels
+    from sra_ds.training.part_bench import bench_parts
     from sra_ds.training.scaling import bench_scaling
 
-    if arguments.what in KERNELS:
-        return bench_kernels(arguments.what, arguments.rounds)
+    if arguments.what in (*KERNELS, *PARTS):
+        bench_one = bench_kernels if arguments.what in KERNELS else bench_parts
+        return bench_one(arguments.what, arguments.rounds)
     whole = ["training.precision=fp32", "training.micro_batch_size=0"]
     if arguments.what == "step":
         recipes = [load_recipe(n, whole) for n in arguments.recipes or ["sra-small", "dense-small"]]
@@ -57,22 +60,19 @@ def command(arguments: argparse.Namespace) -> dict[str, Any]:
         recipe, dense = (load_recipe(name, [*whole[1:], *batch]) for name in names[:2])
         return bench.bench_backends(recipe, dense, ds_config("2"), arguments.rounds)
     if arguments.what == "scaling":
-        name = (arguments.recipes or ["sra-small"])[0]
-        return bench_scaling(load_recipe(name, whole), ds_config("2"), arguments.rounds)
+        recipe = load_recipe((arguments.recipes or ["sra-small"])[0], whole)
+        return bench_scaling(recipe, ds_config("2"), arguments.rounds)
     name = (arguments.recipes or ["sra-128e"])[0]
     size = f"training.batch_size={arguments.micro_batch}"
     if arguments.one:
         config = None if arguments.one == "torch" else ds_config(arguments.one)
         return bench.peak_memory_of_one_step(load_recipe(name, [*whole, size]), config)
     common = [sys.argv[0], "memory", "--json", "--micro-batch", str(arguments.micro_batch)]
-    return {
-        variant: json.loads(bench.in_fresh_process([*common, "--recipes", name, "--one", variant]))
-        for variant in ("torch", "2")
-    }
+    common += ["--recipes", name, "--one"]
+    return {one: json.loads(bench.in_fresh_process([*common, one])) for one in ("torch", "2")}
 
 
 def ds_config(stage: str) -> dict[str, Any]:
-    """The shipped configuration of a ZeRO stage."""
     return read_ds_config(ROOT / "ds_configs" / f"zero{stage}.json")
 
 

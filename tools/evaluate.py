@@ -8,6 +8,7 @@ from typing import Any
 
 from sra_ds import cli
 from sra_ds.evaluation.run import Scoring, score_run
+from sra_ds.inference.halting import halted_by
 from sra_ds.inference.load import load_run
 from sra_ds.inference.steer import steered_by
 from sra_ds.training.environment import choose_device, prepare_process
@@ -28,6 +29,10 @@ def main() -> int:
     parser.add_argument(
         "--health-tokens", type=cli.at_least(0), default=1_000_000, help="for dead experts; 0: skip"
     )
+    parser.add_argument(
+        "--dynamic", action="store_true", help="also while a persistent memory is written on"
+    )
+    parser.add_argument("--halting", metavar="KIND[:H]", help="soft or hard, at entropy H")
     parser.add_argument("--steer", type=Path, metavar="CARD", help="with this steering")
     return cli.run(parser.parse_args(), command, cli.show_tree)
 
@@ -44,8 +49,9 @@ def command(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments.batch_size,
         arguments.health_tokens,
         arguments.legacy_sra,
+        arguments.dynamic,
     )
-    with steered_by(loaded, arguments.steer):
+    with steered_by(loaded, arguments.steer), halted_by(loaded.model, arguments.halting):
         found = score_run(loaded, scoring, device)
     return found if arguments.steer is None else {"steering": str(arguments.steer), **found}
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from sra_ds import cli
 from sra_ds.inference.generate import Sampling, generate, generate_batch, read_prompts
+from sra_ds.inference.halting import halted_by
 from sra_ds.inference.load import LoadedRun, load_run
 from sra_ds.inference.steer import steered_by
 from sra_ds.training.environment import choose_device
@@ -20,9 +21,7 @@ def main() -> int:
     """Parse and run."""
     parser = cli.parser(__doc__ or "")
     parser.add_argument("--run", type=Path, required=True, help="run directory")
-    parser.add_argument(
-        "--prompt", action="append", default=[], help="opening of a text; give one or several"
-    )
+    parser.add_argument("--prompt", action="append", default=[], help="one or several openings")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt on each line")
     parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
     parser.add_argument("--max-tokens", type=cli.at_least(1), default=100, help="new ones at most")
@@ -35,6 +34,7 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=cli.at_least(0), default=0)
     parser.add_argument("--steer", type=Path, metavar="CARD", help="with this steering")
+    parser.add_argument("--halting", metavar="KIND[:H]", help="soft or hard, at entropy H")
     return cli.run(parser.parse_args(), command, lambda result: None)
 
 
@@ -44,7 +44,7 @@ def command(arguments: argparse.Namespace) -> dict[str, Any]:
     device, _ = choose_device()
     loaded = load_run(arguments.run, arguments.checkpoint, device)
     sampling = Sampling(**{name: getattr(arguments, name) for name in Sampling._fields})
-    with steered_by(loaded, arguments.steer):
+    with steered_by(loaded, arguments.steer), halted_by(loaded.model, arguments.halting):
         if len(prompts) == 1 and not arguments.json:
             return stream(loaded, prompts[0], arguments.max_tokens, sampling)
         return continue_all(loaded, prompts, arguments, sampling)

@@ -1,4 +1,4 @@
-"""Figures of a run, drawn from its files. The only module that imports matplotlib."""
+"""Figures of a run, drawn from its files."""
 
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,8 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+
+from sra_ds.analysis.resonance_plots import resonance_figures
 
 Metrics = list[dict[str, Any]]
 
@@ -24,6 +26,7 @@ def draw_run(
     if steps:
         figures["loss"] = loss_figure(steps, checks)
         figures["learning_rate"] = line_figure(steps, "learning_rate", "learning rate")
+        figures |= resonance_figures(steps)
     if checks:
         figures["perplexity"] = perplexity_figure(checks)
     if load_LE.size:

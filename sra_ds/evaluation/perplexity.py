@@ -37,6 +37,8 @@ class Perplexity(NamedTuple):
     document_nll: NDArray[np.float64]
     document_tokens: NDArray[np.int64]
     load_LE: NDArray[np.float64]
+    iterations_L: NDArray[np.float64]
+    """Mean iterations of a token, for layers that iterate."""
 
     def summary(self) -> dict[str, float | int]:
         """The figures people quote."""
@@ -100,8 +102,12 @@ def evaluate(
         if stopped():
             return None
         totals.add(batch, positions_BT, model(*batch.to(setting.device)))
-    document_nll, document_tokens, correct, load_LE = _sum_over_ranks(
-        totals.document_nll, totals.document_tokens, totals.correct, totals.load_LE
+    document_nll, document_tokens, correct, load_LE, iterations_2L = _sum_over_ranks(
+        totals.document_nll,
+        totals.document_tokens,
+        totals.correct,
+        totals.load_LE,
+        totals.iterations_2L,
     )
     scored = int(document_tokens.sum())
     return Perplexity(
@@ -114,6 +120,7 @@ def evaluate(
         document_nll=document_nll,
         document_tokens=document_tokens.astype(np.int64),
         load_LE=load_LE,
+        iterations_L=iterations_2L[0] / iterations_2L[1].clip(min=1),
     )
 
 
@@ -126,6 +133,7 @@ class _Totals:
         self.document_tokens = np.zeros(len(starts))
         self.correct = np.zeros(1)
         self.load_LE = np.zeros((0, 0))
+        self.iterations_2L = np.zeros((2, 0))
 
     def add(self, batch: Batch, positions_BT: Tensor, output: ModelOutput) -> None:
         """One batch; the mark that opens the next document is the end of this one."""
@@ -139,6 +147,13 @@ class _Totals:
         if output.routings:
             load_LE = torch.stack([r.load_E for r in output.routings]).double().cpu().numpy()
             self.load_LE = self.load_LE + load_LE if self.load_LE.size else load_LE
+        if output.haltings:
+            count_LBT = torch.stack([h.iterations_BT for h in output.haltings]).double().cpu()
+            sums_L, real_L = count_LBT.nansum((1, 2)), count_LBT.isfinite().sum((1, 2))
+            both_2L = torch.stack([sums_L, real_L]).numpy()
+            self.iterations_2L = (
+                self.iterations_2L + both_2L if self.iterations_2L.size else both_2L
+            )
 
 
 def capped_nll(result: Perplexity, split: TokenSplit, max_tokens: int) -> float:

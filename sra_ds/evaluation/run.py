@@ -10,6 +10,7 @@ from sra_ds.data.loader import TrainingWindows
 from sra_ds.data.shards import TokenCorpus, TokenSplit
 from sra_ds.data.tokenizer import end_of_text_id
 from sra_ds.errors import ConfigError
+from sra_ds.evaluation.dynamic import evaluate_dynamically
 from sra_ds.evaluation.experts import health, load_over_tokens
 from sra_ds.evaluation.legacy import legacy_sra
 from sra_ds.evaluation.perplexity import Perplexity, Setting, evaluate
@@ -26,6 +27,8 @@ class Scoring(NamedTuple):
     batch_size: int = 16
     health_tokens: int = 0
     legacy: bool = False
+    dynamic: bool = False
+    """Also with a persistent memory that goes on being written."""
 
 
 def score_run(loaded: LoadedRun, scoring: Scoring, device: torch.device) -> dict[str, Any]:
@@ -46,6 +49,14 @@ def _score(
     result = evaluate(loaded.model, split, setting(loaded, scoring, device), progress=True)
     assert result is not None
     report: dict[str, Any] = dict(result.summary())
+    if result.iterations_L.size:
+        mean = float(result.iterations_L.mean())
+        report["iterations"] = {"mean": mean, "by_layer": result.iterations_L.tolist()}
+    if scoring.dynamic:
+        dynamic = evaluate_dynamically(
+            loaded.model, split, setting(loaded, scoring, device), progress=True
+        )
+        report["dynamic_evaluation"] = dynamic.summary()
     if loaded.model.routers() and scoring.health_tokens:
         report["experts"] = _health(loaded, result, scoring, device, corpus)
     if scoring.legacy:

@@ -25,7 +25,7 @@ from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from sra_ds.ops.precision import at_least_float32
 
-CHUNK = 64
+CHUNK, SMALLEST_CHUNK = 64, 16
 """Queries whose weights exist at the same time."""
 UNSEEN = -1e30
 """Score of a position that is not visible: finite, since 0 times it has to be 0; exp(it) is 0."""
@@ -126,7 +126,10 @@ class _Chunk(NamedTuple):
 
 
 def _chunks(queries: int, length: int, positions_BT: Tensor | None) -> list[_Chunk]:
-    parts = [(start, min(start + CHUNK, queries)) for start in range(0, queries, CHUNK)]
+    size = CHUNK
+    if positions_BT is not None:  # few queries of many positions: the first ones still see few keys
+        size = max(SMALLEST_CHUNK, CHUNK * queries // length)
+    parts = [(start, min(start + size, queries)) for start in range(0, queries, size)]
     if positions_BT is None:
         return [_Chunk(start, stop, length - queries + stop) for start, stop in parts]
     last_T = positions_BT.amax(0).cummax(0).values.tolist()
@@ -144,12 +147,16 @@ class _EntropyAttention(torch.autograd.Function):
         entropy_NT = torch.empty_like(lse_NT)
         with torch.autocast(q_NTC.device.type, enabled=False):
             for rows, scores_NQS, seen in _scores(q_NTC, k_NSC, visible, chunks):
-                lse_NQ = scores_NQS.logsumexp(-1)
-                log_weights = scores_NQS.sub_(lse_NQ.unsqueeze(-1))
-                weights = log_weights.exp()
-                out_NTC[:, rows] = torch.bmm(weights.to(v_NSC.dtype), v_NSC[:, seen])
-                lse_NT[:, rows] = lse_NQ
-                entropy_NT[:, rows] = log_weights.mul_(weights).sum(-1).neg_()
+                most_NQ1 = scores_NQS.amax(-1, keepdim=True)
+                below_NQS = scores_NQS.sub_(most_NQ1)
+                weights = below_NQS.exp()  # times their sum
+                total_NQ1 = weights.sum(-1, keepdim=True)
+                found_NQC = torch.bmm(weights.to(v_NSC.dtype), v_NSC[:, seen])
+                out_NTC[:, rows] = found_NQC / total_NQ1.to(found_NQC.dtype)
+                log_total_NQ = total_NQ1.log().squeeze(-1)
+                lse_NT[:, rows] = most_NQ1.squeeze(-1) + log_total_NQ
+                mean_NQ = below_NQS.mul_(weights).sum(-1) / total_NQ1.squeeze(-1)
+                entropy_NT[:, rows] = log_total_NQ - mean_NQ
         ctx.save_for_backward(q_NTC, k_NSC, v_NSC, visible, out_NTC, lse_NT, entropy_NT)
         ctx.chunks = chunks
         ctx.set_materialize_grads(False)

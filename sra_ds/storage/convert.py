@@ -44,7 +44,7 @@ def reshard(run: RunDir, out: RunDir, layout: Layout, which: str = "latest") -> 
         if which != "latest":  # which is verified by being found
             checkpoint.verify(chosen.folder)
         step = _write_resharded(chosen.folder, new, recipe, layout)
-        _describe(run, new, recipe)
+        describe(run, new, recipe)
     return {"run": str(out.path), **_told(chosen, step)}
 
 
@@ -78,7 +78,7 @@ def consolidate(run: RunDir, out: RunDir, which: str = "best") -> dict[str, Any]
         contents = Contents({WEIGHTS: whole}, trainer, facts, _expert_ids(recipe, 0))
         checkpoint.save_parts(new.checkpoints / step, [contents], Layout())
         checkpoint.point_latest_at(new.checkpoints / step)
-        _describe(run, new, recipe)
+        describe(run, new, recipe)
     file = out.checkpoints / step / f"{WEIGHTS}.safetensors"
     return {"run": str(out.path), "weights": str(file), **_told(chosen, step)}
 
@@ -145,7 +145,7 @@ def _with_expert_parallelism(recipe: Recipe, layout: Layout) -> Recipe:
     return recipe.model_copy(update={"model": model, "parallel": parallel})
 
 
-def _describe(run: RunDir, out: RunDir, recipe: Recipe) -> None:
+def describe(run: RunDir, out: RunDir, recipe: Recipe) -> None:
     """The files that describe the old run, in the new one."""
     for source, copy in (
         (run.tokenizer_file, out.tokenizer_file),

@@ -21,11 +21,11 @@ class StepLoss(NamedTuple):
 
 
 def step_loss(output: ModelOutput, config: LossesConfig, targets: float | None = None) -> StepLoss:
-    """Cross-entropy of this process's tokens plus the weighted auxiliary terms, whose statistics are over
-    all processes. Collective.
+    """Cross-entropy of this process's tokens plus the weighted auxiliary terms, whose statistics are
+    over all processes. Collective.
 
-    `targets`, where micro-batches differ: how many one has on average, so that the mean over them and over
-    processes is the mean over the step's tokens. None: this one's own.
+    `targets`, where micro-batches differ: how many one has on average, so that the mean over them and
+    over processes is the mean over the step's tokens. None: this one's own.
     """
     assert output.loss_sum is not None and output.token_count is not None
     cross_entropy = output.loss_sum / (output.token_count if targets is None else targets)

@@ -1,0 +1,120 @@
+"""Parts of a block against the plain ones they stand for, in turn in one process.
+
+    mixer      attention; resonance of 3 iterations, halting softly, and hard at no and at every token
+    channel    a dense feed-forward network; the same sparse, as whole matrices and in blocks
+
+Forward alone (without gradient) and with the backward pass, in float32, on windows of several documents.
+Times are medians over rounds; what counts are ratios within a run.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sra_ds.config.model import (
+    AttentionConfig,
+    DenseChannelConfig,
+    GeluConfig,
+    PrimeMaskedChannelConfig,
+    ResonanceConfig,
+)
+from sra_ds.heap import keep_freed_memory
+from sra_ds.model.channels.dense import DenseChannel
+from sra_ds.model.channels.prime_masked import PrimeMaskedChannel
+from sra_ds.model.context import Context, document_positions, visible_positions
+from sra_ds.model.init import initialise
+from sra_ds.model.mixers.attention import Attention
+from sra_ds.model.mixers.resonance import Resonance
+from sra_ds.training.kernel_bench import Work, medians
+
+WINDOWS, LENGTH = 16, 256
+MIXER_WIDTH, HEADS = 256, 4
+CHANNEL_WIDTHS = ((256, 1024), (768, 3072))
+DOCUMENT = 1 / 64
+"""Chance that a token opens a document."""
+
+
+def bench_parts(what: str, rounds: int) -> dict[str, Any]:
+    """`mixer` or `channel`."""
+    keep_freed_memory()
+    if what == "mixer":
+        size = f"B{WINDOWS} T{LENGTH} D{MIXER_WIDTH} H{HEADS}"
+        return {size: compare(mixers(), MIXER_WIDTH, "attention", rounds)}
+    return {
+        f"B{WINDOWS} T{LENGTH} D{width} F{hidden}": compare(
+            channels(width, hidden), width, "dense", rounds
+        )
+        for width, hidden in CHANNEL_WIDTHS
+    }
+
+
+def mixers() -> dict[str, nn.Module]:
+    """Attention and resonance at their initial weights, which halt nowhere by themselves."""
+    made: dict[str, nn.Module] = {
+        "attention": Attention(AttentionConfig(heads=HEADS, dropout=0.0), MIXER_WIDTH)
+    }
+    for name, halting, threshold in (
+        ("soft", "soft", 0.3),
+        ("hard, all go on", "hard", 0.0),
+        ("hard, all stop", "hard", 2.0),
+    ):
+        config = ResonanceConfig(heads=HEADS, halting=halting, threshold=threshold)
+        made[name] = Resonance(config, MIXER_WIDTH)
+    return made
+
+
+def channels(width: int, hidden: int) -> dict[str, nn.Module]:
+    """One network, dense and sparse."""
+    network = GeluConfig(hidden=hidden, dropout=0.0)
+    sparse = {
+        storage: PrimeMaskedChannel(
+            PrimeMaskedChannelConfig(feed_forward=network, storage=storage),
+            width,
+        )
+        for storage in ("masked", "blocks")
+    }
+    return {"dense": DenseChannel(DenseChannelConfig(feed_forward=network), width), **sparse}
+
+
+def compare(parts: dict[str, nn.Module], width: int, plain: str, rounds: int) -> dict[str, Any]:
+    """Milliseconds of each part and its ratio to the plain one, forwards and with backward."""
+    for part in parts.values():
+        holder = nn.Module()
+        holder.blocks = nn.ModuleList([part])
+        initialise(holder, 0)
+    context = batch_context()
+    x_BTD = torch.randn(WINDOWS, LENGTH, width, requires_grad=True)
+    grad_BTD = torch.randn_like(x_BTD)
+    found = {}
+    for direction, backward in (("forward", False), ("with backward", True)):
+        works = {n: work(part, x_BTD, context, grad_BTD, backward) for n, part in parts.items()}
+        times = medians(works, rounds)
+        ratios = {name: times[name] / times[plain] for name in parts}
+        found[direction] = {"milliseconds": times, f"over_{plain}": ratios}
+    return found
+
+
+def work(
+    part: nn.Module, x_BTD: Tensor, context: Context, grad_BTD: Tensor, backward: bool
+) -> Work:
+    """One pass through a part."""
+
+    def pass_once() -> None:
+        with torch.set_grad_enabled(backward):
+            y_BTD, _ = part(x_BTD, context)
+        if backward:
+            y_BTD.backward(grad_BTD)
+            part.zero_grad()
+
+    return pass_once
+
+
+def batch_context() -> Context:
+    """Windows of several documents each, as training has them."""
+    ids_BT = torch.zeros(WINDOWS, LENGTH, dtype=torch.int64)
+    documents_BT = (torch.rand(WINDOWS, LENGTH) < DOCUMENT).cumsum(-1)
+    visible = visible_positions(documents_BT, None, LENGTH, LENGTH, ids_BT.device)
+    every = torch.ones_like(ids_BT, dtype=torch.bool)
+    positions_BT = document_positions(documents_BT, every)
+    return Context(ids_BT, torch.arange(LENGTH), positions_BT, None, visible)
