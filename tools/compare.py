@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from sra_ds import cli
-from sra_ds.analysis.plots import comparison_figure
+from sra_ds.analysis.plots import draw_comparison
 from sra_ds.errors import ConfigError
-from sra_ds.evaluation.compare import compare_runs, markdown, run_cells
+from sra_ds.evaluation.compare import cells_of, compare_runs, markdown, read_sweep, run_cells
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -19,6 +19,7 @@ def main() -> int:
     chosen = parser.add_mutually_exclusive_group(required=True)
     chosen.add_argument("--runs", nargs="+", type=Path, metavar="DIR", help="finished runs")
     chosen.add_argument("--recipes", nargs="+", metavar="NAME", help="train these, then compare")
+    chosen.add_argument("--sweep", metavar="NAME|FILE", help="train the variants of a recipe")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated (default: %(default)s)")
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="key.path=value", help="for all recipes"
@@ -38,8 +39,13 @@ def command(arguments: argparse.Namespace) -> dict[str, Any]:
     if runs is None:
         launch = [sys.executable, str(ROOT / "launch" / "train.py"), "--deepspeed"]
         launch += [str(arguments.deepspeed)]
-        runs = run_cells(arguments.recipes, seeds, arguments.set, arguments.out, launch)
-    return compare_runs(runs, comparison_figure, arguments.out)
+        cells = (
+            cells_of(arguments.recipes, arguments.set)
+            if arguments.sweep is None
+            else read_sweep(arguments.sweep, arguments.set)
+        )
+        runs = run_cells(cells, seeds, arguments.out, launch)
+    return compare_runs(runs, draw_comparison, arguments.out)
 
 
 def show(result: dict[str, Any]) -> None:

@@ -1,4 +1,5 @@
-"""Count a recipe's or a run's parameters, in all and per token, part by part. Needs no memory."""
+"""Count the parameters of a recipe or a run, in all and per token, part by part, and the FLOPs that a
+token costs in training. Needs no memory."""
 
 import argparse
 import sys
@@ -7,7 +8,7 @@ from typing import Any
 
 from sra_ds import cli
 from sra_ds.config import load_recipe
-from sra_ds.model.counting import count_parameters
+from sra_ds.model.counting import count_parameters, flops_per_token, live_share
 from sra_ds.model.language_model import build_model
 from sra_ds.storage.run_dir import open_run
 
@@ -26,7 +27,12 @@ def command(arguments: argparse.Namespace) -> dict[str, Any]:
         recipe = open_run(arguments.run).recipe(arguments.overrides)
     else:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
-    return {"recipe": recipe.name, **count_parameters(build_model(recipe, "meta"))}
+    model = build_model(recipe, "meta")
+    flops = flops_per_token(model, recipe.data.sequence_length)
+    counts = {**count_parameters(model), "training_flops_per_token": round(flops)}
+    share = live_share(model)
+    sparse = {} if share is None else {"live_share_of_sparse_matrices": share}
+    return {"recipe": recipe.name, **counts, **sparse}
 
 
 if __name__ == "__main__":

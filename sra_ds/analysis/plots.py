@@ -11,7 +11,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from sra_ds.analysis.resonance_plots import resonance_figures
+from sra_ds.analysis.resonance_plots import compression_figure, resonance_figures
 
 Metrics = list[dict[str, Any]]
 
@@ -100,6 +100,14 @@ def gram_figure(grams: list[NDArray[Any]]) -> Figure:
         axes.set_yticks([])
     figure.colorbar(image, ax=list(grid[0]), label="cosine of two anchors", shrink=0.8)
     return figure
+
+
+def draw_comparison(rows: list[dict[str, Any]], folder: Path) -> None:
+    """Perplexities side by side, and against the share of live weights where that differs."""
+    comparison_figure(rows, folder / "comparison.png")
+    sparse = [row for row in rows if row["live_share"] is not None]
+    if len({row["live_share"] for row in sparse}) > 1:
+        compression_figure(sparse, folder / "compression.png")
 
 
 def comparison_figure(rows: list[dict[str, Any]], path: Path) -> None:

@@ -134,13 +134,28 @@ def halting_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
     _write(figure, path)
 
 
+def iterations_by_type_figure(found: dict[str, Any], path: Path) -> None:
+    """Mean iterations of each class of words with its interval, beside that of all tokens."""
+    classes = sorted(found["classes"].items(), key=lambda item: item[1]["iterations"])
+    figure, (axes,) = _row_of(1)
+    for y, (_, own) in enumerate(classes):
+        mean = own["iterations"]
+        reach = [[mean - _or_nan(own["low"])], [_or_nan(own["high"]) - mean]]
+        axes.errorbar(mean, y, xerr=np.maximum(reach, 0), fmt="o", capsize=3, color="tab:blue")
+    axes.set_yticks(range(len(classes)), [f"{n} ({own['tokens']:,})" for n, own in classes])
+    axes.axvline(found["all"]["iterations"], color="black", linewidth=0.7, linestyle="--")
+    axes.set_xlabel("iterations of a token, mean over layers (95 %)")
+    _write(figure, path)
+
+
 def compression_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Perplexity against the share of live weights: rows with `density`, `name`, and the perplexity's
-    `mean` and `sd` over seeds."""
+    """Perplexity of the rows of a comparison against their share of live weights."""
     figure, (axes,) = _row_of(1)
     for row in rows:
-        label = row["name"]
-        axes.errorbar(row["density"], row["mean"], yerr=row["sd"], fmt="o", capsize=4, label=label)
+        mean, deviation = row["token_perplexity_mean"], row["token_perplexity_sd"]
+        axes.errorbar(
+            row["live_share"], mean, yerr=deviation, fmt="o", capsize=4, label=row["recipe"]
+        )
     axes.set_xlabel("share of live weights in the feed-forward networks")
     axes.set_ylabel("validation token perplexity")
     axes.legend(fontsize=8)

@@ -9,14 +9,12 @@ Letters: N tokens, M units in the order of the text, F forms (units as written),
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tqdm import tqdm
-
-from sra_ds.analysis.traces import Trace
 
 ACCENTS = "".join(c for c in map(chr, range(0x20000)) if unicodedata.category(c)[0] == "M")
 """Combining characters, which Python's `\\w` leaves out: they belong to the character before them."""
@@ -24,6 +22,19 @@ LETTERS = rf"\w[\w{ACCENTS}]*"
 UNIT = re.compile(rf"{LETTERS}(?:['\u2019]{LETTERS})*|[^\w\s][{ACCENTS}]*")
 DOCUMENTS_AT_ONCE = 64
 NO_UNIT = -1
+
+
+class TokenText(Protocol):
+    """A text as tokens, whose documents say where they start."""
+
+    @property
+    def tokens_N(self) -> NDArray[Any]: ...
+
+    @property
+    def documents(self) -> NDArray[Any]: ...
+
+    @property
+    def tokens(self) -> int: ...
 
 
 class Words(NamedTuple):
@@ -58,8 +69,8 @@ def of_units(values_M: NDArray[Any], unit_of_token_N: NDArray[np.int32]) -> NDAr
     return np.append(values_M, values_M.dtype.type(NO_UNIT))[unit_of_token_N]
 
 
-def read_words(trace: Trace, tokenizer: Tokenizer) -> Words:
-    """Decode the traced documents and find their units."""
+def read_words(trace: TokenText, tokenizer: Tokenizer) -> Words:
+    """Decode the documents and find their units."""
     starts = [*trace.documents["start"].tolist(), trace.tokens]
     unit_of_token_N = np.full(trace.tokens, NO_UNIT, np.int32)
     number_of_form: dict[str, int] = {}
@@ -97,7 +108,7 @@ def read_words(trace: Trace, tokenizer: Tokenizer) -> Words:
 
 
 def _decoded(
-    trace: Trace, tokenizer: Tokenizer, starts: list[int]
+    trace: TokenText, tokenizer: Tokenizer, starts: list[int]
 ) -> Iterator[tuple[int, list[str]]]:
     """Texts of some documents at a time, with the number of the first."""
     for first in range(0, len(trace.documents), DOCUMENTS_AT_ONCE):

@@ -12,7 +12,10 @@ from sra_ds.config.model import (
     CosineRouterConfig,
     ModelConfig,
     MoEChannelConfig,
+    PreManifestHeadConfig,
+    ResonanceConfig,
     RouterConfig,
+    StaticMemoryConfig,
 )
 from sra_ds.config.training import (
     CheckpointConfig,
@@ -93,6 +96,24 @@ class Recipe(Part):
             raise ValueError("losses.balance and losses.z_weight need model.channel.kind=moe")
         if not isinstance(losses.dispersion, NoTerm) and not _router(channel, CosineRouterConfig):
             raise ValueError("losses.dispersion needs a router with anchors it can move (cosine)")
+        return self
+
+    @model_validator(mode="after")
+    def _penalties_have_an_effect(self) -> "Recipe":
+        model = self.model
+        mixer, head = model.mixer, model.head
+        soft = isinstance(mixer, ResonanceConfig) and mixer.iterations > 1
+        soft = soft and mixer.halting == "soft"  # type: ignore[union-attr]
+        supervised = isinstance(head, PreManifestHeadConfig) and head.deep_supervision
+        for name, there, needed in (
+            ("ponder_weight", soft, "mixer.kind=resonance with halting=soft and some iterations"),
+            ("entropy_weight", soft, "mixer.kind=resonance with halting=soft and some iterations"),
+            ("memory_weight", isinstance(model.memory, StaticMemoryConfig), "memory.kind=static"),
+            ("supervision_weight", supervised, "head.deep_supervision=true"),
+        ):
+            weight = getattr(self.losses, name)
+            if not there and weight not in (0, LossesConfig.model_fields[name].default):
+                raise ValueError(f"losses.{name}={weight:g} has no effect without model.{needed}")
         return self
 
     @model_validator(mode="after")

@@ -1,8 +1,8 @@
 """Matched comparison of recipes: same tokens, same order, several seeds, one file per finished cell.
 
-A cell is (recipe, seed) with its own run directory; one that has a summary is not run again, one that
-was interrupted is resumed. Differences are judged by a paired bootstrap over validation documents, since
-documents differ far more from each other than models do.
+A cell is (recipe with overrides, seed) with its own run directory; one that has a summary is not run
+again, one that was interrupted is resumed. Differences are judged by a paired bootstrap over validation
+documents, since documents differ far more from each other than models do.
 """
 
 import csv
@@ -10,38 +10,73 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from sra_ds.config import load_recipe
 from sra_ds.errors import ConfigError, DataError, TrainingError
+from sra_ds.model.counting import flops_per_token, live_share
+from sra_ds.model.language_model import build_model
 from sra_ds.storage.run_dir import RunDir, open_run, read_json, write_atomically
 
 RESAMPLES = 10_000
 
 
-def run_cells(
-    recipes: list[str], seeds: list[int], overrides: list[str], out: Path, launch: list[str]
-) -> list[Path]:
+class Cell(NamedTuple):
+    """A recipe with overrides, under a name of its own."""
+
+    name: str
+    recipe: str
+    overrides: list[str]
+
+
+def cells_of(recipes: list[str], overrides: list[str]) -> list[Cell]:
+    """One cell per recipe, with common overrides."""
+    return [Cell(Path(recipe).stem, recipe, overrides) for recipe in recipes]
+
+
+def read_sweep(name_or_file: str, overrides: list[str]) -> list[Cell]:
+    """The variants of a sweep: a YAML file, or one shipped as `sra_ds/recipes/sweeps/NAME.yaml`, with a
+    `recipe` and `variants`, each a name and its overrides. Raises `ConfigError`."""
+    path = Path(name_or_file)
+    if path.suffix not in (".yaml", ".yml"):
+        path = Path(str(resources.files("sra_ds") / "recipes" / "sweeps" / f"{name_or_file}.yaml"))
+    if not path.is_file():
+        raise ConfigError(f"no sweep named {name_or_file!r}, and no such .yaml file")
+    try:
+        tree = yaml.safe_load(path.read_text("utf-8"))
+        base, variants = str(tree["recipe"]), dict(tree["variants"])
+        return [
+            Cell(name, base, [f"name={name}", *map(str, own), *overrides])
+            for name, own in variants.items()
+        ]
+    except (yaml.YAMLError, KeyError, TypeError, ValueError):
+        raise ConfigError(
+            f"{path}: a sweep has `recipe: NAME` and `variants: {{name: [key.path=value, ...]}}`"
+        ) from None
+
+
+def run_cells(cells: list[Cell], seeds: list[int], out: Path, launch: list[str]) -> list[Path]:
     """Train every cell that is not finished; `launch` is the command that trains one run."""
-    cells = [(recipe, seed) for seed in seeds for recipe in recipes]
-    for recipe in recipes:
-        load_recipe(recipe, overrides)  # a misspelt name or key fails before hours of training
+    for cell in cells:
+        load_recipe(cell.recipe, cell.overrides)  # a misspelt key fails before hours of training
     runs = []
-    for recipe, seed in tqdm(cells, "cells"):
-        run = RunDir(out / f"{Path(recipe).stem}-s{seed}")
-        asked = [*overrides, f"training.seed={seed}"]
-        if run.recipe_file.is_file() and run.recipe() != load_recipe(recipe, asked):
+    for seed, cell in tqdm([(seed, cell) for seed in seeds for cell in cells], "cells"):
+        run = RunDir(out / f"{cell.name}-s{seed}")
+        asked = [*cell.overrides, f"training.seed={seed}"]
+        if run.recipe_file.is_file() and run.recipe() != load_recipe(cell.recipe, asked):
             raise ConfigError(
                 f"{run.path} holds a run of other settings; choose another --out or delete it"
             )
         if not run.summary_file.is_file():
-            _train_cell(run, recipe, asked, launch)
+            _train_cell(run, cell.recipe, asked, launch)
         runs.append(run.path)
     return runs
 
@@ -83,7 +118,7 @@ def compare_runs(
         writer = csv.DictWriter(stream, list(cells[0]))
         writer.writeheader()
         writer.writerows(cells)
-    draw(rows, out / "comparison.png")
+    draw(rows, out)
     return result
 
 
@@ -113,8 +148,8 @@ def markdown(rows: list[dict[str, Any]], differences: list[dict[str, Any]]) -> s
     """The table for people."""
     lines = [
         "| recipe | seeds | token perplexity | word perplexity | bits per byte | accuracy "
-        "| dead experts | tokens/s |",
-        "|---|---|---|---|---|---|---|---|",
+        "| dead experts | tokens/s | MFLOP a token |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         spread = (
@@ -124,7 +159,8 @@ def markdown(rows: list[dict[str, Any]], differences: list[dict[str, Any]]) -> s
         lines.append(
             f"| {row['recipe']} | {len(row['seeds'])} | {row['token_perplexity_mean']:.2f}{spread} | "
             f"{row['word_perplexity_mean']:.1f} | {row['bits_per_byte_mean']:.4f} | "
-            f"{row['accuracy_mean']:.2%} | {dead} | {row['tokens_per_second_mean']:,.0f} |"
+            f"{row['accuracy_mean']:.2%} | {dead} | {row['tokens_per_second_mean']:,.0f} | "
+            f"{row['flops_per_token_mean'] / 1e6:.1f} |"
         )
     lines.append("")
     for d in differences:
@@ -151,6 +187,7 @@ def _read_cell(run: RunDir) -> dict[str, Any]:
         raise ConfigError(f"{run.path} has no summary.json: the run is not finished")
     summary, recipe = read_json(run.summary_file), run.recipe()
     experts = summary["experts"] or {}
+    model = build_model(recipe, "meta")
     figures = ("token_perplexity", "word_perplexity", "bits_per_byte", "accuracy", "nll_per_token")
     return {
         "recipe": recipe.name,
@@ -163,6 +200,8 @@ def _read_cell(run: RunDir) -> dict[str, Any]:
         "tokens_per_second": summary["tokens_per_second"],
         "parameters": summary["params"]["total"],
         "active": summary["params"]["active"],
+        "flops_per_token": flops_per_token(model, recipe.data.sequence_length),
+        "live_share": live_share(model),
         "device": summary["device"],
         "corpus_fingerprint": summary["corpus_fingerprint"],
     }
@@ -172,7 +211,7 @@ def _row(recipe: str, cells: list[dict[str, Any]]) -> dict[str, Any]:
     own = [cell for cell in cells if cell["recipe"] == recipe]
     values = [cell["token_perplexity"] for cell in own]
     dead = [cell["dead_fraction"] for cell in own if cell["dead_fraction"] is not None]
-    means = ("word_perplexity", "bits_per_byte", "accuracy", "tokens_per_second")
+    means = ("word_perplexity", "bits_per_byte", "accuracy", "tokens_per_second", "flops_per_token")
     return {
         "recipe": recipe,
         "seeds": [cell["seed"] for cell in own],
@@ -180,6 +219,7 @@ def _row(recipe: str, cells: list[dict[str, Any]]) -> dict[str, Any]:
         "token_perplexity_mean": mean(values),
         "token_perplexity_sd": stdev(values) if len(values) > 1 else None,
         "dead_fraction": mean(dead) if dead else None,
+        "live_share": own[0]["live_share"],
         **{f"{name}_mean": mean(cell[name] for cell in own) for name in means},
     }
 

@@ -23,14 +23,19 @@ def evaluate_dynamically(
 ) -> Perplexity:
     """`evaluate` in the order of the text, writing after each window. Raises `ConfigError` for a model
     without persistent memory."""
-    if not model.persistent_memories():
-        raise ConfigError(
-            "--dynamic needs a model with memory.kind=persistent: only that is written"
-        )
+    require_persistent_memory(model)
     with writing(model) as written:
         found = evaluate(written, split, setting._replace(batch_size=1), progress=progress)
     assert found is not None
     return found
+
+
+def require_persistent_memory(model: LanguageModel) -> None:
+    """Raise `ConfigError` for a model without one."""
+    if not model.persistent_memories():
+        raise ConfigError(
+            "--dynamic needs a model with memory.kind=persistent: only that is written"
+        )
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from sra_ds.data.loader import TrainingWindows
 from sra_ds.data.shards import TokenCorpus, TokenSplit
 from sra_ds.data.tokenizer import end_of_text_id
 from sra_ds.errors import ConfigError
-from sra_ds.evaluation.dynamic import evaluate_dynamically
+from sra_ds.evaluation.dynamic import evaluate_dynamically, require_persistent_memory
 from sra_ds.evaluation.experts import health, load_over_tokens
 from sra_ds.evaluation.legacy import legacy_sra
 from sra_ds.evaluation.perplexity import Perplexity, Setting, evaluate
@@ -46,6 +46,8 @@ def _score(
     device: torch.device,
     corpus: TokenCorpus | None,
 ) -> dict[str, Any]:
+    if scoring.dynamic:
+        require_persistent_memory(loaded.model)
     result = evaluate(loaded.model, split, setting(loaded, scoring, device), progress=True)
     assert result is not None
     report: dict[str, Any] = dict(result.summary())

@@ -67,6 +67,14 @@ def _part(module: nn.Module, model: LanguageModel) -> str:
     return "router" if isinstance(module, tuple(ROUTERS.values())) else "experts"
 
 
+def live_share(model: LanguageModel) -> float | None:
+    """Share of the entries of sparse matrices that hold a weight; None for a model without any."""
+    sparse = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    if not sparse:
+        return None
+    return sum(m.live for m in sparse) / sum(m.rows * m.columns for m in sparse)
+
+
 def flops_per_token(model: LanguageModel, sequence_length: int) -> float:
     """Training FLOPs a token needs: 6 per active parameter, plus 6 T D per layer and iteration for
     causal attention (half of the T x T products), plus what parts use more than once: a resonance

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from saved_runs import call, corpus, make_run
 from sra_ds.config.loading import validate
 from sra_ds.data.shards import ShardWriter, TokenSplit
 from sra_ds.model.language_model import LanguageModel, ModelOutput, build_model
+
+__all__ = ["call", "corpus", "make_run"]
 
 VOCABULARY = 300
 LENGTHS = [9, 1, 40, 0, 17, 63, 3, 22]
