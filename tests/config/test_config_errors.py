@@ -108,6 +108,34 @@ BAD_OVERRIDES = {
         "training: temperature_schedule: shares of the run must rise from 0 and stay below 1: "
         "[0.0, 1.0]"
     ),
+    "training.batching=documents": (
+        "training: batching=documents needs micro_batch_size: times the sequence length it is the "
+        "budget of tokens of a micro-batch"
+    ),
+    # parts of the Semantic Resonance LM
+    "model.embedding={kind: prime_hilbert, primes: [7, 4]}": (
+        "model.embedding.primes: 4 is not a prime (got [7, 4])"
+    ),
+    "model.embedding={kind: prime_hilbert, primes: []}": (
+        "model.embedding.primes: needs one prime or more, each once (got [])"
+    ),
+    "model.embedding={kind: prime_hilbert, primes: [7, 7]}": (
+        "model.embedding.primes: needs one prime or more, each once (got [7, 7])"
+    ),
+    "model.memory={kind: static, slots: 8}": "model.memory: best=32 exceeds slots=8",
+    "model.mixer={kind: resonance, treshold: 0.5}": (
+        "unknown key model.mixer.treshold (did you mean 'threshold'?)"
+    ),
+    "losses.ponder_weight=0.1": (
+        "recipe: losses.ponder_weight=0.1 has no effect without model.mixer.kind=resonance with "
+        "halting=soft and some iterations"
+    ),
+    "losses.memory_weight=0.1": (
+        "recipe: losses.memory_weight=0.1 has no effect without model.memory.kind=static"
+    ),
+    "losses.supervision_weight=1": (
+        "recipe: losses.supervision_weight=1 has no effect without model.head.deep_supervision=true"
+    ),
 }
 
 DENSE = "model.channel={kind: dense, feed_forward: {kind: gelu, hidden: 8}}"

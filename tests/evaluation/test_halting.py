@@ -60,9 +60,14 @@ def test_the_sweep_scores_and_times_every_rule(make_run, call, tmp_path) -> None
     run = make_run("resonance").path
     out = tmp_path / "sweep"
     options = ("--thresholds", "0,0.5,2", "--timed-tokens", 50, "--out", out)
+    options = (*options, "--typed-tokens", 2000)
     found = call("analyze_halting", "--run", run, "--json", *options).tree
     assert json.loads((out / "halting.json").read_text()) == found
     assert (out / "halting.png").stat().st_size > 1000
+    assert (out / "iterations_by_type.png").stat().st_size > 1000
+    types = found["types"]
+    assert types["classes"] and sum(own["tokens"] for own in types["classes"].values()) > 100
+    assert types["all"]["iterations"] == pytest.approx(sum(types["by_layer"]) / 2, rel=1e-5)
     rows = found["rules"]
     assert [row["rule"] for row in rows] == ["soft", "hard:0", "hard:0.5", "hard:2"]
     assert rows[1]["iterations"] == 3 and rows[3]["iterations"] == 1

@@ -1,0 +1,71 @@
+"""Sweeps: variants of a recipe under names of their own, and figures of what they differ in."""
+
+from pathlib import Path
+
+import pytest
+
+from sra_ds.analysis.plots import draw_comparison
+from sra_ds.config import load_recipe
+from sra_ds.errors import ConfigError
+from sra_ds.evaluation.compare import read_sweep
+from sra_ds.model.counting import flops_per_token
+from sra_ds.model.language_model import build_model
+
+
+def test_the_shipped_sweep_varies_thresholds_iterations_and_primes() -> None:
+    cells = read_sweep("resonance", ["training.steps=3"])
+    recipes = [load_recipe(cell.recipe, cell.overrides) for cell in cells]
+    assert [recipe.name for recipe in recipes] == [cell.name for cell in cells]
+    assert len({recipe.name for recipe in recipes}) == len(recipes)
+    assert {recipe.training.steps for recipe in recipes} == {3}
+    assert len({recipe.model.mixer.threshold for recipe in recipes}) == 4
+    assert {recipe.model.mixer.iterations for recipe in recipes} == {1, 2, 3, 5}
+    assert len({recipe.model.channel.primes for recipe in recipes}) == 5
+
+
+@pytest.mark.parametrize(
+    "text", ["- a list", "recipe: quickstart", "recipe: a\nvariants: 3", "{", "variants: {a: []}"]
+)
+def test_what_is_no_sweep_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match="a sweep has"):
+        read_sweep(str(file), [])
+
+
+def test_an_unknown_sweep_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no sweep named 'nothing'"):
+        read_sweep("nothing", [])
+
+
+def test_a_file_of_ones_own(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("recipe: quickstart\nvariants:\n  wide: [model.width=256]\n  plain: []\n")
+    wide, plain = read_sweep(str(file), [])
+    assert load_recipe(wide.recipe, wide.overrides).model.width == 256
+    assert load_recipe(plain.recipe, plain.overrides).name == "plain"
+
+
+@pytest.mark.parametrize("twin", ["dense", "random", "once"])
+def test_twins_of_the_proof_of_concept_cost_as_many_flops(twin: str) -> None:
+    recipes = [load_recipe("resonance-8m"), load_recipe(f"resonance-8m-{twin}")]
+    own, other = (flops_per_token(build_model(recipe, "meta"), 256) for recipe in recipes)
+    assert other == pytest.approx(own, rel=1e-3)
+    assert recipes[0].training == recipes[1].training and recipes[0].data == recipes[1].data
+
+
+def row(name: str, share: float | None) -> dict:
+    return {
+        "recipe": name,
+        "live_share": share,
+        "token_perplexity_mean": 10.0,
+        "token_perplexity_sd": 1.0,
+        "token_perplexities": [9.0, 11.0],
+    }
+
+
+def test_a_figure_of_compression_where_shares_differ(tmp_path: Path) -> None:
+    draw_comparison([row("a", 0.3), row("b", None), row("c", 0.3)], tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"comparison.png"}
+    draw_comparison([row("a", 0.3), row("b", None), row("c", 0.5)], tmp_path)
+    assert (tmp_path / "compression.png").stat().st_size > 1000
