@@ -1,4 +1,4 @@
-"""The README's commands are run, on a tiny run where they take one."""
+"""The commands of the README and of family pages are run, on a tiny run where they take one."""
 
 import re
 import shlex
@@ -10,11 +10,21 @@ import pytest
 from commands import BIN, ROOT, call, train, write_corpus, write_recipe
 
 README = (ROOT / "README.md").read_text("utf-8")
-COMMANDS = [
-    line
-    for block in re.findall(r"```sh\n(.*?)```", README, re.S)
-    for line in block.strip().splitlines()
-]
+
+
+def commands(text: str) -> list[str]:
+    """The lines of its sh blocks."""
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.S)
+    return [line for block in blocks for line in block.strip().splitlines()]
+
+
+COMMANDS = commands(README)
+RESONANCE = commands((ROOT / "docs" / "resonance.md").read_text("utf-8"))
+RESONANT = (
+    "model.mixer={kind: resonance, heads: 2}",
+    "model.channel={kind: prime_masked, feed_forward: {hidden: 32, dropout: 0.0}}",
+    *("losses.balance=none", "losses.dispersion=none", "losses.z_weight=0"),
+)
 BY_HAND = {
     "tools/compare.py": "trains six models; tests/test_cli.py runs it on tiny ones",
     "tools/bench.py": "needs minutes of a quiet machine",
@@ -32,8 +42,28 @@ def run(tmp_path_factory):
     return folder / "run"
 
 
+@pytest.fixture(scope="module")
+def resonant_run(run):
+    """The same of a model with resonance mixers and sparse channels."""
+    path = run.parent / "resonant"
+    recipe = run.parent / "tiny.yaml"
+    result = train("--recipe", recipe, "--run", path, *RESONANT, "training.steps=4")
+    assert result.returncode == 0, result.stderr
+    return path
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_of_the_readme_works(run, command, tmp_path):
+    require_success(run, command, tmp_path)
+
+
+@pytest.mark.parametrize("command", RESONANCE)
+def test_a_command_of_the_resonance_page_works(resonant_run, command, tmp_path):
+    require_success(resonant_run, command, tmp_path)
+
+
+def require_success(run, command, tmp_path):
+    """Run a command on a run; training only as far as --dry-run goes."""
     words = shlex.split(command.replace("$RUN", str(run)).replace("$OUT", str(tmp_path / "out")))
     program = next(word for word in words if word.endswith(".py"))
     if program in BY_HAND:
