@@ -6,20 +6,30 @@ experts (e of them held here), K experts per token, V vocabulary, L layers; w by
 model's precision. Routers compute in float32 whatever w is. Routing is assumed to be balanced.
 """
 
+import math
 from typing import NamedTuple
 
 from sra_ds.config.model import (
     AttentionConfig,
     CosineRouterConfig,
+    FastWeightsConfig,
     FeedForwardConfig,
     GeluConfig,
     LinearRouterConfig,
     MoEChannelConfig,
+    PersistentMemoryConfig,
+    PreManifestHeadConfig,
+    PrimeHilbertEmbeddingConfig,
+    PrimeMaskedChannelConfig,
     RandomRouterConfig,
+    ResonanceConfig,
+    StaticMemoryConfig,
 )
 from sra_ds.planning.case import Case
 
 FLOAT, INTEGER = 4, 8
+DELTA_CHUNK = 32
+"""Positions that `ops.delta_rule` takes at once."""
 ROWS_OF_AN_EXPERT = 8
 """Rows the deepspeed backend pads each expert's to."""
 
@@ -37,14 +47,16 @@ class Activations(NamedTuple):
 def activation_bytes(case: Case) -> Activations:
     """Bytes of one micro-batch on one process."""
     model, w, tokens = case.recipe.model, case.width, case.tokens
-    mixer, channel = _mixer(case), _channel(case)
-    layer = tokens * (mixer.inside + mixer.outside + channel.inside + channel.outside)
-    layer += channel.fixed
+    parts = (_mixer(case), _channel(case), _memory(case))
+    layer = tokens * sum(part.inside + part.outside for part in parts)
+    layer += sum(part.fixed for part in parts)
     kept = layer * model.layers
     if case.recipe.training.activation_checkpointing:
-        inputs = mixer.input + channel.input
-        kept = tokens * (mixer.outside + channel.outside + inputs) * model.layers
-    ends = 3 * model.width * w + (model.width * _mask(case) if model.embedding.dropout else 0)
+        kept = tokens * sum(part.outside + part.input for part in parts) * model.layers
+    ends: float = 3 * model.width * w + (
+        model.width * _mask(case) if model.embedding.dropout else 0
+    )
+    ends += (_embedding(case) + _head(case)) * w
     return Activations(round(kept + tokens * ends), round(layer), _logits(case))
 
 
@@ -68,11 +80,63 @@ def _mixer(case: Case) -> _Part:
     twice (2 D) and the mask of documents as w numbers; unfused, three H x T matrices of weights."""
     model, w = case.recipe.model, case.width
     width, heads, length = model.width, model.mixer.heads, case.recipe.data.sequence_length
+    if isinstance(model.mixer, ResonanceConfig) and model.mixer.iterations > 1:
+        inside, fixed = _iterations(model.mixer, width, length), case.tokens * length
+        return _Part(inside * w, width * w, width * w, fixed // model.layers)
     dropout = isinstance(model.mixer, AttentionConfig) and model.mixer.dropout > 0
     if case.device == "cpu" and dropout:
         return _Part((5 * width + 3 * heads * length) * w, width * w, width * w)
     mask = length if model.document_boundaries else 0
     return _Part((8 * width + mask) * w + heads * FLOAT, width * w, width * w)
+
+
+def _iterations(mixer: ResonanceConfig, width: int, length: int) -> float:
+    """Numbers per token. Per iteration the query before and after sharpening, what it found, what that
+    retrieves and its weighted part (5 D), the retrieval map copied for every sequence, entropies and
+    their like; halting hard gathers queries and what they found (2 D)."""
+    copied = width * width / mixer.heads / length
+    each = 5 * width + copied + 5 * mixer.heads
+    gathered = 2 * width * (mixer.iterations - 1) if mixer.halting == "hard" else 0
+    return mixer.iterations * each + gathered - 0.3 * width
+
+
+def _memory(case: Case) -> _Part:
+    """Slots: cosines with all of them, keys, and what the best are and weigh. Fast weights: of every
+    channel the projections, their unit vectors, what is read and written, and the rows of a chunk for
+    each head."""
+    memory, w = case.recipe.model.memory, case.width
+    if isinstance(memory, StaticMemoryConfig):
+        numbers = memory.slots * FLOAT / w + 2 * memory.key_width + 4 * memory.best
+        return _Part(numbers * w, 0, case.recipe.model.width * w)
+    if isinstance(memory, FastWeightsConfig):
+        inner = memory.heads * memory.head_width
+        persistent = 4 * inner if isinstance(memory, PersistentMemoryConfig) else 0
+        numbers = 12 * inner + 8 * memory.heads * DELTA_CHUNK + persistent
+        return _Part(numbers * FLOAT, 0, case.recipe.model.width * w)
+    return _Part(0, 0, 0)
+
+
+def _embedding(case: Case) -> float:
+    """Numbers per token besides the vectors: subspaces before and after codes and norms."""
+    embedding = case.recipe.model.embedding
+    if not isinstance(embedding, PrimeHilbertEmbeddingConfig):
+        return 0
+    return 5 * embedding.copies * sum(embedding.primes)
+
+
+def _head(case: Case) -> float:
+    """Numbers per token and step of refinement: states (7 U) and candidates."""
+    head = case.recipe.model.head
+    if not isinstance(head, PreManifestHeadConfig):
+        return 0
+    return head.steps * (7 * _table_width(case) + 6 * head.candidates)
+
+
+def _table_width(case: Case) -> int:
+    model = case.recipe.model
+    if isinstance(model.embedding, PrimeHilbertEmbeddingConfig):
+        return model.embedding.table_width
+    return model.width
 
 
 def _channel(case: Case) -> _Part:
@@ -81,7 +145,13 @@ def _channel(case: Case) -> _Part:
     width, channel = model.width, model.channel
     if not isinstance(channel, MoEChannelConfig):
         hidden = _hidden(channel.feed_forward, case)
-        return _Part(width * w + hidden, width * w, width * w)
+        fixed = 0
+        if isinstance(channel, PrimeMaskedChannelConfig):
+            fixed = _sparse_copies(channel, width, w)
+            if channel.storage == "blocks":  # inputs are kept channels first, beside a memory's
+                hidden += 2 * max(channel.primes) * w
+                hidden += width * w if isinstance(model.memory, StaticMemoryConfig) else 0
+        return _Part(width * w + hidden, width * w, width * w, fixed)
     router = 0
     own_input = width * w if w < FLOAT else 0  # in float32 the router keeps the same tensor
     if isinstance(channel.router, CosineRouterConfig | RandomRouterConfig):
@@ -102,6 +172,17 @@ def _channel(case: Case) -> _Part:
     return _Part(routes + shared, width * w + router, own_input, fixed)
 
 
+def _sparse_copies(channel: PrimeMaskedChannelConfig, width: int, w: int) -> int:
+    """Matrices under their masks; or blocks, and where live values go in them."""
+    matrices = 2 if isinstance(channel.feed_forward, GeluConfig) else 3
+    entries = matrices * width * channel.feed_forward.hidden
+    if channel.storage == "masked":
+        return entries * (w + 1)
+    live = 1 - math.prod(1 - 1 / prime for prime in channel.primes)
+    blocks = sum(1 / prime for prime in channel.primes)
+    return round(entries * (live * INTEGER + blocks * w))
+
+
 def _hidden(config: FeedForwardConfig, case: Case, experts: bool = False) -> float:
     """2 F for GELU (before and after it), 4 F for SwiGLU (gate before and after SiLU, up, their product),
     and the mask of a dropout."""
@@ -117,5 +198,5 @@ def _logits(case: Case) -> int:
     model, w = case.recipe.model, case.width
     chunk, vocabulary = model.head.chunk_tokens, case.recipe.data.tokenizer.vocab_size
     chunks = 3 if case.tokens > chunk else 2
-    table = vocabulary * model.width * (FLOAT + (w if w < FLOAT else 0))
+    table = vocabulary * _table_width(case) * (FLOAT + (w if w < FLOAT else 0))
     return min(case.tokens, chunk) * vocabulary * FLOAT * chunks + table

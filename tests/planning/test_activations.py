@@ -14,6 +14,7 @@ from sra_ds.planning.zero import Zero
 from sra_ds.training.bench import random_batch
 
 WINDOWS = 8
+HARD = "{kind: resonance, heads: 4, halting: hard, threshold: 0.0}"
 COMMON = ["training.batch_size=8", "training.micro_batch_size=0", "training.precision=fp32"]
 NO_SCHEDULE = "training.top_k_schedule=[]"
 SMALL_HEAD = ["data.tokenizer.vocab_size=300"]
@@ -29,6 +30,15 @@ VARIANTS = {
     "swiglu": ("quickstart", [*SWIGLU]),
     "dropout": ("quickstart", ["model.channel.expert.dropout=0.1", "model.mixer.dropout=0.1"]),
     "wide": ("quickstart", ["model.width=256", "model.layers=3"]),
+}
+RESONANT = {
+    "resonance-8m": ("resonance-8m", []),
+    "soft": ("dense-small", ["model.mixer={kind: resonance, heads: 4}"]),
+    "hard": ("dense-small", [f"model.mixer={HARD}"]),
+    "more iterations": ("dense-small", ["model.mixer={kind: resonance, heads: 8, iterations: 5}"]),
+    "fast": ("dense-small", ["model.memory={kind: fast, heads: 2, head_width: 64}"]),
+    "persistent": ("dense-small", ["model.memory=persistent"]),
+    "blocks": ("resonance-8m", ["model.channel.storage=blocks"]),
 }
 
 
@@ -77,3 +87,12 @@ def test_kept_activations_are_what_autograd_saves(name, checkpointed, kernels):
     case = Case(recipe, read_shapes(recipe), Layout(1), Zero(), WINDOWS, 1, 4, "cpu", compiled)
     kept = activation_bytes(case).kept
     assert kept == pytest.approx(counted, rel=0.05)
+
+
+@pytest.mark.parametrize("name", RESONANT)
+def test_kept_activations_of_the_resonance_parts(name):
+    start, overrides = RESONANT[name]
+    recipe = load_recipe(start, [*COMMON, *SMALL_HEAD, *overrides])
+    counted, compiled = saved_bytes(recipe), "cpu" in extension().devices
+    case = Case(recipe, read_shapes(recipe), Layout(1), Zero(), WINDOWS, 1, 4, "cpu", compiled)
+    assert activation_bytes(case).kept == pytest.approx(counted, rel=0.05)
