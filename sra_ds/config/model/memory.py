@@ -43,6 +43,9 @@ class FastWeightsConfig(Part):
     """Channels of keys and of values."""
     decay: float = Field(0.99, gt=0, lt=1)
     """Start of the learned share of the state that a token keeps."""
+    kernel: Literal["chunked", "fla"] = "chunked"
+    """`chunked`: matrix products, anywhere. `fla`: the fused kernel of flash-linear-attention, which has
+    to be installed, for GPUs."""
 
 
 class FastMemoryConfig(FastWeightsConfig):

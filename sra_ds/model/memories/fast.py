@@ -20,6 +20,7 @@ from sra_ds.model.context import Context
 from sra_ds.model.facts import Facts
 from sra_ds.moe.experts import ZeroLinear
 from sra_ds.ops.delta_rule import delta_rule
+from sra_ds.ops.delta_rule_fla import delta_rule_fla
 
 
 class FastMemory(nn.Module):
@@ -44,7 +45,8 @@ class FastMemory(nn.Module):
         heads = self.config.heads
         q, k, v = self.qkv(x_BTD).unflatten(-1, (3, heads, -1)).unbind(2)
         decay_H = self.decay_logit.sigmoid()
-        found = delta_rule(
+        rule = delta_rule_fla if self.config.kernel == "fla" else delta_rule
+        found = rule(
             F.normalize(q, dim=-1),
             F.normalize(k, dim=-1),
             v,
