@@ -36,14 +36,18 @@ EPS = 1e-8
 
 
 def auxiliary_losses(
-    routings: Sequence[Routing], penalties: Mapping[str, Sequence[Tensor]], config: LossesConfig
+    routings: Sequence[Routing],
+    penalties: Mapping[str, Sequence[Tensor]],
+    config: LossesConfig,
+    tokens: Tensor | float,
 ) -> dict[str, tuple[Tensor, float]]:
-    """(raw value, weight) of every active term, each the mean over the layers that have it."""
-    return {**_routing_terms(routings, config), **_penalty_terms(penalties, config)}
+    """(raw value, weight) of every active term, each the mean over the layers that have it; penalties
+    are sums over `tokens`."""
+    return {**_routing_terms(routings, config), **_penalty_terms(penalties, config, tokens)}
 
 
 def _penalty_terms(
-    penalties: Mapping[str, Sequence[Tensor]], config: LossesConfig
+    penalties: Mapping[str, Sequence[Tensor]], config: LossesConfig, tokens: Tensor | float
 ) -> dict[str, tuple[Tensor, float]]:
     weights = {
         "ponder": config.ponder_weight,
@@ -52,7 +56,7 @@ def _penalty_terms(
         "supervision": config.supervision_weight,
     }
     return {
-        name: (torch.stack(list(values)).mean(), weights[name])
+        name: (torch.stack(list(values)).mean() / tokens, weights[name])
         for name, values in penalties.items()
         if weights[name] > 0
     }

@@ -8,65 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from families import FAMILIES, ROUTED
 from sra_ds.config import Recipe
 from sra_ds.config.loading import merge, validate
-
-GELU = {"kind": "gelu", "hidden": 16, "dropout": 0.0}
-SWIGLU = {"kind": "swiglu", "hidden": 16, "dropout": 0.0}
-MOE = {"kind": "moe", "experts": 4, "top_k": 2, "expert": GELU}
-
-RESONANCE = {"kind": "resonance", "heads": 2, "iterations": 3, "threshold": 0.5}
-
-FAMILIES: dict[str, dict[str, Any]] = {
-    "moe-cosine": {"channel": {**MOE, "router": {"kind": "cosine"}}},
-    "moe-linear": {"channel": {**MOE, "router": {"kind": "linear", "bias": True}}},
-    "moe-hash": {"channel": {**MOE, "router": {"kind": "hash"}}},
-    "dense": {"channel": {"kind": "dense", "feed_forward": GELU}},
-    "moe-swiglu-shared": {
-        "channel": {
-            **MOE,
-            "expert": SWIGLU,
-            "shared_expert": SWIGLU,
-            "router": {"kind": "cosine", "temperature": "per_expert", "gate": "straight_through"},
-        }
-    },
-    "resonance": {
-        "embedding": {
-            "kind": "prime_hilbert",
-            "table_width": 24,
-            "primes": [3, 5],
-            "copies": 2,
-            "dropout": 0.0,
-        },
-        "mixer": RESONANCE,
-        "channel": {"kind": "prime_masked", "feed_forward": GELU, "primes": [3, 5]},
-        "memory": {
-            "kind": "static",
-            "slots": 8,
-            "best": 3,
-            "key_width": 8,
-            "value_width": 6,
-            "rank": 3,
-        },
-        "head": {"kind": "pre_manifest", "chunk_tokens": 13, "candidates": 5},
-    },
-    "resonance-moe": {
-        "mixer": {**RESONANCE, "halting": "hard"},
-        "channel": {**MOE, "router": {"kind": "cosine"}},
-        "memory": {"kind": "persistent", "heads": 2, "head_width": 8},
-    },
-    "resonance-blocks": {
-        "mixer": {**RESONANCE, "rope_theta": None},
-        "channel": {
-            "kind": "prime_masked",
-            "feed_forward": SWIGLU,
-            "primes": [3, 5],
-            "storage": "blocks",
-        },
-        "memory": {"kind": "fast", "heads": 2, "head_width": 8},
-    },
-}
-ROUTED = [name for name, model in FAMILIES.items() if model["channel"]["kind"] == "moe"]
 
 
 @pytest.fixture(scope="session", autouse=True)

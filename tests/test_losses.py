@@ -241,7 +241,7 @@ def test_terms_are_means_over_layers_with_their_weights() -> None:
         dispersion={"kind": "signed", "weight": 0.6},
         z_weight=0.001,
     )
-    terms = auxiliary_losses([first, second], {}, config)
+    terms = auxiliary_losses([first, second], {}, config, 1)
     assert {name: weight for name, (_, weight) in terms.items()} == {
         "balance": 0.4,
         "dispersion": 0.6,
@@ -257,15 +257,21 @@ def test_terms_are_means_over_layers_with_their_weights() -> None:
 
 def test_terms_left_out_do_not_appear() -> None:
     routing = routing_of(SHARES)
-    assert auxiliary_losses([routing], {}, losses()) == {}
+    assert auxiliary_losses([routing], {}, losses(), 1) == {}
     every = losses(
         balance={"kind": "cv2", "weight": 0.4},
         dispersion={"kind": "signed", "weight": 0.6},
         z_weight=0.1,
     )
-    assert auxiliary_losses([], {}, every) == {}
-    assert set(auxiliary_losses([routing], {}, every)) == {
+    assert auxiliary_losses([], {}, every, 1) == {}
+    assert set(auxiliary_losses([routing], {}, every, 1)) == {
         "balance",
         "z",
     }  # no anchors, no dispersion
     assert total_loss(torch.tensor(3.0), {}) == 3
+
+
+def test_penalties_are_sums_over_tokens_and_means_over_layers() -> None:
+    config = LossesConfig(ponder_weight=0.5, memory_weight=0.0)
+    sums = {"ponder": [torch.tensor(12.0), torch.tensor(18.0)], "memory": [torch.tensor(1.0)]}
+    assert auxiliary_losses([], sums, config, 10) == {"ponder": (torch.tensor(1.5), 0.5)}

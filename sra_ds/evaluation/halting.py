@@ -35,9 +35,10 @@ def halting_sweep(
     """One row per rule, halting softly as trained first: perplexity of the split's first `tokens` (0:
     all), iterations of a token, and speed over `timed_tokens`. Raises `ConfigError` for a model that does
     not iterate."""
-    with halted_by(loaded.model, "soft"):
-        pass  # refuses at once a model that does not iterate
-    rules = ["soft", *(f"hard:{threshold:g}" for threshold in thresholds)]
+    rules = ["soft", *dict.fromkeys(f"hard:{threshold:g}" for threshold in thresholds)]
+    for rule in rules:
+        with halted_by(loaded.model, rule):
+            pass  # refuses at once what it would refuse later
     rows: list[dict[str, Any]] = []
     for rule in tqdm(rules, "rules", leave=False):
         with halted_by(loaded.model, rule):

@@ -37,7 +37,7 @@ class Perplexity(NamedTuple):
     document_nll: NDArray[np.float64]
     document_tokens: NDArray[np.int64]
     load_LE: NDArray[np.float64]
-    iterations_L: NDArray[np.float64]
+    iterations_L: NDArray[np.float64] = np.empty(0)
     """Mean iterations of a token, for layers that iterate."""
 
     def summary(self) -> dict[str, float | int]:

@@ -33,13 +33,15 @@ class Block(nn.Module):
         mixed_BTD, mixer_facts = _run(self.mixer, self.mixer_norm(x_BTD), context, cache)
         x_BTD = x_BTD + mixed_BTD
         h_BTD = self.channel_norm(x_BTD)
-        update_BTD, facts = self.channel(h_BTD, context)
-        facts |= {"stream_rms": _rms(x_BTD), "channel_rms": _rms(update_BTD)}
+        update_BTD, channel_facts = self.channel(h_BTD, context)
+        sizes: Facts = {"stream_rms": _rms(x_BTD), "channel_rms": _rms(update_BTD)}
+        memory_facts: Facts = {}
         if self.memory is not None:
             recalled_BTD, memory_facts = _run(self.memory, h_BTD, context, cache)
-            facts |= {**memory_facts, "memory_rms": _rms(recalled_BTD)}
+            sizes["memory_rms"] = _rms(recalled_BTD)
             update_BTD = update_BTD + recalled_BTD
-        return x_BTD + update_BTD, merged(mixer_facts, facts)
+        facts = merged(mixer_facts, channel_facts, memory_facts, sizes)
+        return x_BTD + update_BTD, facts
 
 
 def _run(part: nn.Module, h_BTD: Tensor, context: Context, cache: Any) -> tuple[Tensor, Facts]:

@@ -9,6 +9,7 @@ from sra_ds.model.channels.prime_masked import SparseLinear
 from sra_ds.model.heads.pre_manifest import PreManifestHead
 from sra_ds.model.language_model import LanguageModel
 from sra_ds.model.memories.fast import FastMemory
+from sra_ds.model.memories.static import StaticMemory
 from sra_ds.model.mixers.attention import Attention
 from sra_ds.model.mixers.resonance import Resonance
 from sra_ds.moe.experts import GroupedExperts
@@ -79,7 +80,8 @@ def flops_per_token(model: LanguageModel, sequence_length: int) -> float:
     """Training FLOPs a token needs: 6 per active parameter, plus 6 T D per layer and iteration for
     causal attention (half of the T x T products), plus what parts use more than once: a resonance
     mixer's retrieval map in every iteration but the last, a refining head's table once more per step
-    without a gradient, and fast weights, which are no parameters. Memory slots count as read whole."""
+    without a gradient, and fast weights, which are no parameters; less the slots that a token does not
+    read."""
     counts = count_parameters(model)
     total = 6 * float(counts["active_with_anchors"])
     attention = 6 * sequence_length * model.config.width
@@ -90,6 +92,9 @@ def flops_per_token(model: LanguageModel, sequence_length: int) -> float:
             total += attention * module.iterations
             if module.iterations > 1:
                 total += 6 * (module.iterations - 2) * module.retrieval_weight.numel()
+        elif isinstance(module, StaticMemory):
+            slots = module.config
+            total -= 6 * (slots.slots - slots.best) * slots.value_width
         elif isinstance(module, FastMemory):  # S k, the write, S q
             total += 6 * 3 * module.config.heads * module.config.head_width**2
         elif isinstance(module, PreManifestHead):

@@ -37,7 +37,7 @@ class Collected(NamedTuple):
     memory_states_HCC: list[Tensor]
     """One per layer with a persistent memory: its mean state after the windows, without gradient."""
     penalties: dict[str, list[Tensor]]
-    """Scalars that losses may add, with gradient, by name and in order of the layers."""
+    """Sums over real tokens that losses may add, with gradient, by name and in order of the layers."""
 
 
 def merged(*found: Facts) -> Facts:
@@ -68,8 +68,6 @@ def collect(found: dict[str, Facts]) -> Collected:
     )
 
 
-def mean_over_valid(x_BT: Tensor, valid_BT: Tensor | None) -> Tensor:
-    """Mean over real tokens."""
-    if valid_BT is None:
-        return x_BT.mean()
-    return x_BT.where(valid_BT, 0.0).sum() / valid_BT.sum().clamp(min=1)
+def sum_over_valid(x_BT: Tensor, valid_BT: Tensor | None) -> Tensor:
+    """Sum over real tokens."""
+    return x_BT.sum() if valid_BT is None else x_BT.where(valid_BT, 0.0).sum()

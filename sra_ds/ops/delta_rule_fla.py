@@ -9,6 +9,7 @@ Letters as in `delta_rule`; N parts, M real tokens. Its states are C x V.
 """
 
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -37,11 +38,13 @@ def delta_rule_fla(
     flash-linear-attention."""
     kernel = fused_kernel()
     valid_BT = torch.ones_like(starts_BT) if valid_BT is None else valid_BT
-    parts = find_parts(starts_BT & valid_BT, valid_BT)
     shape = (len(q_BTHC), *v_BTHV.shape[2:], k_BTHC.shape[3])
     zeros_BHVC = v_BTHV.new_zeros(shape, dtype=torch.promote_types(v_BTHV.dtype, torch.float32))
     fresh_BHVC = zeros_BHVC if start_state_HVC is None else zeros_BHVC + start_state_HVC
     carried_BHVC = fresh_BHVC if state_BHVC is None else at_least_float32(state_BHVC)
+    if not valid_BT.any():
+        return DeltaRule(torch.zeros_like(v_BTHV), carried_BHVC)
+    parts = find_parts(starts_BT & valid_BT, valid_BT)
     opened_N = parts.opened_N[:, None, None, None]
     first_NHVC = torch.where(opened_N, fresh_BHVC[parts.row_N], carried_BHVC[parts.row_N])
     log_decay_MH = at_least_float32(decay_H).log().expand(int(parts.ends_N[-1]), -1)
@@ -85,6 +88,7 @@ def find_parts(starts_BT: Tensor, valid_BT: Tensor) -> Parts:
     return Parts(ends_N, row_M[first_N], opens_M[first_N])
 
 
+@cache
 def fused_kernel() -> Kernel:
     """flash-linear-attention's chunked gated delta rule."""
     try:

@@ -101,12 +101,12 @@ def flex_entropy_attention(
     )
     out_BHTC, mean_key_BHTC = found_BHTC.split(q_BHTC.shape[-1], -1)
     score_BHT = (at_least_float32(q_BHTC) * mean_key_BHTC).sum(-1) / math.sqrt(q_BHTC.shape[-1])
-    return Attended(out_BHTC, auxiliary.lse - score_BHT)
+    return Attended(out_BHTC, (auxiliary.lse - score_BHT).clamp(min=0))
 
 
 @cache
 def _compiled_flex() -> Any:
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(flex_attention)
 
 
 def _causal(q_BHTC: Tensor, k_BHSC: Tensor, positions_BT: Tensor | None) -> Tensor:

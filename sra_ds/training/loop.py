@@ -224,7 +224,9 @@ class Trainer:
             self.engine.backward(loss)
             norm = plain_gradient_norm(self.engine)
             self.engine.step()
-            self.health.recent.add(routings, batch.ids_BT.numel() * self.batches.world_size)
+            if routings:
+                tokens = float(routings[0].valid_count) * self.batches.world_size
+                self.health.recent.add(routings, round(tokens))
             states = [own / self.batches.accumulation for own in output.memory_states_HCC]
             seen = Seen(_add_loads(seen.routings, routings), _add(seen.memory_states_HCC, states))
         assert output is not None

@@ -25,11 +25,12 @@ def step_loss(output: ModelOutput, config: LossesConfig, targets: float | None =
     over all processes. Collective.
 
     `targets`, where micro-batches differ: how many one has on average, so that the mean over them and
-    over processes is the mean over the step's tokens. None: this one's own.
+    over processes is the mean over the step's tokens; penalties likewise. None: this one's own.
     """
     assert output.loss_sum is not None and output.token_count is not None
-    cross_entropy = output.loss_sum / (output.token_count if targets is None else targets)
+    tokens = output.token_count if targets is None else targets
+    cross_entropy = output.loss_sum / tokens
     routings = over_ranks(output.routings)
-    terms = auxiliary_losses(routings, output.penalties, config)
+    terms = auxiliary_losses(routings, output.penalties, config, tokens)
     values = {name: value for name, (value, _) in terms.items()}
     return StepLoss(total_loss(cross_entropy, terms), cross_entropy, values, routings)

@@ -73,7 +73,7 @@ def test_a_static_memory_is_a_change_of_weights() -> None:
             weight_DD = memory.up.weight @ torch.diag(m) @ memory.down.weight
             torch.testing.assert_close(y_BTD[b, t], weight_DD @ x_BTD[b, t], rtol=1e-9, atol=1e-9)
             sizes.append(m.square().sum())
-    torch.testing.assert_close(facts["penalties"]["memory"], torch.stack(sizes).mean())
+    torch.testing.assert_close(facts["penalties"]["memory"], torch.stack(sizes).sum())
 
 
 def test_usage_of_slots() -> None:

@@ -200,15 +200,15 @@ def test_padding_has_no_count_and_no_part_in_the_penalties() -> None:
     assert torch.equal(count_BT.isfinite(), valid_BT)
     assert torch.equal(entropy_IBT[0].isfinite(), valid_BT)
     penalties = facts["penalties"]
-    torch.testing.assert_close(penalties["ponder"], count_BT[valid_BT].mean())
-    torch.testing.assert_close(penalties["entropy"], entropy_IBT[-1][valid_BT].mean())
+    torch.testing.assert_close(penalties["ponder"], count_BT[valid_BT].sum())
+    torch.testing.assert_close(penalties["entropy"], entropy_IBT[-1][valid_BT].sum())
 
 
 def test_penalties_enter_the_loss_with_their_weights(tiny_recipe: Builder) -> None:
     losses = {"ponder_weight": 0.5, "entropy_weight": 0.25, "memory_weight": 0.125}
     recipe = tiny_recipe("resonance", {"losses": losses})
     output = build_model(recipe)(torch.randint(257, (2, 16)))
-    terms = auxiliary_losses(output.routings, output.penalties, recipe.losses)
+    terms = auxiliary_losses(output.routings, output.penalties, recipe.losses, 2 * 16)
     assert {name: weight for name, (_, weight) in terms.items()} == {
         "ponder": 0.5,
         "entropy": 0.25,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import ROUTED
+from families import ROUTED
 from references import assert_same, gradients, randomise
 from sra_ds.config import Recipe
 from sra_ds.config.losses import LossesConfig
@@ -56,7 +56,7 @@ def train_step(
     """One step on the mean loss with auxiliary terms; gradients stay for inspection."""
     optimizer.zero_grad(set_to_none=True)
     output = model(ids_BT, targets_BT)
-    terms = auxiliary_losses(output.routings, output.penalties, AUXILIARY)
+    terms = auxiliary_losses(output.routings, output.penalties, AUXILIARY, output.token_count)
     total_loss(output.loss_sum / output.token_count, terms).backward()
     optimizer.step()
     return output
@@ -238,7 +238,7 @@ def trained(
     """Output and gradients of the mean loss with auxiliary terms."""
     model.zero_grad(set_to_none=True)
     output = model(ids_BT, targets_BT, valid_BT=valid_BT)
-    terms = auxiliary_losses(output.routings, output.penalties, AUXILIARY)
+    terms = auxiliary_losses(output.routings, output.penalties, AUXILIARY, output.token_count)
     total_loss(output.loss_sum / output.token_count, terms).backward()
     return output, gradients(model)
 
@@ -280,7 +280,7 @@ def test_t9_bf16_is_finite_and_routes_in_float32(
         router.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
         output = model(tokens(), tokens(), keep_scores=True)
-        terms = auxiliary_losses(output.routings, output.penalties, AUXILIARY)
+        terms = auxiliary_losses(output.routings, output.penalties, AUXILIARY, output.token_count)
         total_loss(output.loss_sum / output.token_count, terms).backward()
     assert output.loss_sum.dtype == output.token_nll_BT.dtype == torch.float32
     assert output.loss_sum.isfinite()

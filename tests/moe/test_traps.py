@@ -90,7 +90,7 @@ def test_trap_v1_1_auxiliary_losses_still_move_anchors_the_language_model_cannot
     recipe = tiny_recipe("moe-cosine", routed({"gate": "selected"}, losses=losses))
     model = build_model(recipe)
     output = model(*batch())
-    terms = auxiliary_losses(output.routings, output.penalties, recipe.losses)
+    terms = auxiliary_losses(output.routings, output.penalties, recipe.losses, 1)
     assert anchors_gradient(model, total_loss(output.loss_sum, terms)) > 1e-6
 
 
@@ -161,7 +161,7 @@ def test_trap_v1_4_the_linear_router_runs_and_has_no_anchors(tiny_recipe: Builde
     assert output.anchor_grams == []
     assert all(routing.temperature is None for routing in output.routings)
     dispersion = LossesConfig(dispersion={"kind": "signed", "weight": 0.6})
-    assert auxiliary_losses(output.routings, output.penalties, dispersion) == {}
+    assert auxiliary_losses(output.routings, output.penalties, dispersion, 1) == {}
     with pytest.raises(ConfigError, match="needs a router with anchors"):
         tiny_recipe("moe-linear", {"losses": {"dispersion": {"kind": "signed", "weight": 0.6}}})
 
@@ -176,7 +176,7 @@ def test_trap_v1_4_random_anchors_are_frozen_saved_and_reported_as_they_are(
     anchors = [router.anchors.clone() for router in model.routers()]
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     output = model(*batch())
-    terms = auxiliary_losses(output.routings, output.penalties, recipe.losses)
+    terms = auxiliary_losses(output.routings, output.penalties, recipe.losses, 1)
     total_loss(output.loss_sum, terms).backward()
     optimizer.step()
     assert not any("router" in name for name, _ in model.named_parameters())
@@ -421,7 +421,7 @@ def test_trap_v2_4_deliberate_zeros_stay_zeros(tiny_recipe: Builder, tmp_path: P
         assert model.blocks[0].channel.moe.backend.experts.dropout == 0
         assert all(router.config.noise == 0 for router in model.routers())
         output = model.train()(*batch())
-        terms = auxiliary_losses(output.routings, output.penalties, losses)
+        terms = auxiliary_losses(output.routings, output.penalties, losses, 1)
         assert "z" not in terms
         assert all(weight == 0 for _, weight in terms.values())
         assert total_loss(output.loss_sum, terms) == output.loss_sum

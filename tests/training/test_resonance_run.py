@@ -37,9 +37,8 @@ def test_it_learns_and_tells_how_it_iterates(whole) -> None:
         "dispersion",
         "z",
         "ponder",
-        "entropy",
         "supervision",
-    } - {"entropy"}
+    }
     assert len(lines[-1]["halting"]) == 2
     for layer in lines[-1]["halting"]:
         assert 1 <= layer["iterations"] <= 3 and len(layer["entropy"]) == 3

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from conftest import FAMILIES
 from distributed import (
     config_of,
     engine_step,
@@ -16,6 +15,7 @@ from distributed import (
     recipe_of,
     run_ranks,
 )
+from families import FAMILIES
 from sra_ds.config import Recipe
 from sra_ds.data.loader import Batch
 from sra_ds.model.language_model import build_model
@@ -31,7 +31,9 @@ STAGES, STEPS = (0, 1, 2, 3), 4
 def recipe(name: str) -> Recipe:
     """Untrained weights go through unscaled: sharp thresholds would part company by rounding."""
     training = {"optimizer": {"kind": "sgd", "learning_rate": 0.1}}
-    losses = {"balance": "none", "dispersion": "none", "z_weight": 0.0, "ponder_weight": 0.05}
+    losses = {"balance": "none", "dispersion": "none", "z_weight": 0.0}
+    if FAMILIES[name]["mixer"].get("halting") != "hard":
+        losses["ponder_weight"] = 0.05
     overlay = {"model": FAMILIES[name], "training": training, "losses": losses}
     return recipe_of(overlay=overlay)
 
@@ -41,6 +43,17 @@ def settled(model: torch.nn.Module) -> None:
     enlarge(model)  # type: ignore[arg-type]
     for block in model.blocks:  # type: ignore[union-attr]
         block.mixer.threshold = 0.0 if block.mixer.halting == "hard" else 0.5
+
+
+def train_apart() -> list[float]:
+    """Losses at each stage where every token of the first process stops at once, none of the other."""
+    own, losses = recipe("resonance-moe"), []
+    for stage in STAGES:
+        engine = open_engine(own, config_of(stage), settled)
+        for block in engine.module.blocks:
+            block.mixer.threshold = 0.0 if dist.get_rank() else 2.0
+        losses += [engine_step(engine, own, number)[0] for number in range(2)]
+    return losses
 
 
 def train_everywhere() -> dict[str, list[float]]:
@@ -95,3 +108,10 @@ def test_two_processes_at_any_stage_equal_plain_torch(ranks, name: str) -> None:
     for stage in STAGES:
         for found in ranks:
             assert found[f"{name}-{stage}"] == pytest.approx(expected, rel=2e-5)
+
+
+def test_processes_whose_tokens_stop_differently_stay_together() -> None:
+    first, second = run_ranks(2, train_apart)
+    assert first == second
+    for stage in STAGES[1:]:
+        assert first[2 * stage : 2 * stage + 2] == pytest.approx(first[:2], rel=2e-5)

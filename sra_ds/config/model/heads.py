@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sra_ds.config.base import Part, by_name
 
@@ -30,6 +30,12 @@ class PreManifestHeadConfig(Part):
     """Entropy of the distribution over ln(vocabulary) below which a token is refined no more."""
     deep_supervision: bool = False
     """While training also score the distributions before the last, for `losses.supervision_weight`."""
+
+    @model_validator(mode="after")
+    def _supervision_has_steps(self) -> "PreManifestHeadConfig":
+        if self.deep_supervision and not self.steps:
+            raise ValueError("deep_supervision has no effect with steps=0")
+        return self
 
 
 HeadConfig = Annotated[

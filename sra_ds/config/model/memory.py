@@ -44,8 +44,8 @@ class FastWeightsConfig(Part):
     decay: float = Field(0.99, gt=0, lt=1)
     """Start of the learned share of the state that a token keeps."""
     kernel: Literal["chunked", "fla"] = "chunked"
-    """`chunked`: matrix products, anywhere. `fla`: the fused kernel of flash-linear-attention, which has
-    to be installed, for GPUs."""
+    """What computes it on a GPU: matrix products, as everywhere else, or the fused kernel of
+    flash-linear-attention, which has to be installed."""
 
 
 class FastMemoryConfig(FastWeightsConfig):

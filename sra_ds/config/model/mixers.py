@@ -32,14 +32,14 @@ class ResonanceConfig(HeadsConfig):
     """Largest number of iterations T_max; 1 is attention without dropout."""
     halting: Literal["soft", "hard"] = "soft"
     """`soft`: a weighted mean over the iterations. `hard`: each token stops at the first iteration whose
-    entropy is below `threshold`; outside training what has stopped costs nothing more."""
+    entropy is below `threshold`; queries that go on are gathered."""
     threshold: float = Field(0.3, ge=0)
     """Entropy of the weights over ln(visible positions), mean over heads, below which a token stops."""
     softness: float = Field(0.05, gt=0)
     """Width of the soft threshold, in the same unit."""
-    kernel: Literal["auto", "chunked", "flex"] = "auto"
-    """What computes weights and their entropy over whole windows. `chunked`: a part of the queries at a
-    time, anywhere. `flex`: torch's flex attention, a fused kernel of a GPU. `auto`: flex on a GPU."""
+    kernel: Literal["flex", "chunked"] = "flex"
+    """What computes whole windows on a GPU: torch's flex attention, a fused kernel, or a part of the
+    queries at a time, as everywhere else."""
 
 
 MixerConfig = Annotated[

@@ -21,7 +21,7 @@ from sra_ds.model.facts import Facts
 from sra_ds.model.heads.tied import HeadOutput, TiedTable, score
 from sra_ds.moe.experts import ZeroLinear
 from sra_ds.ops.candidates import candidates, mean_candidate
-from sra_ds.ops.linear_cross_entropy import IGNORED, linear_cross_entropy
+from sra_ds.ops.linear_cross_entropy import linear_cross_entropy
 
 
 class PreManifestHead(nn.Module):
@@ -46,9 +46,9 @@ class PreManifestHead(nn.Module):
         early: list[Tensor] = []
         for number in range(self.config.steps):
             if supervised and targets_N is not None:
-                early.append(
-                    _mean_loss(self.logit_scale * u_NU, weight_VU, targets_N, self.chunk_tokens)
-                )
+                scaled_NU = self.logit_scale * u_NU
+                loss = linear_cross_entropy(scaled_NU, weight_VU, targets_N, self.chunk_tokens)
+                early.append(loss[0])
             u_NU, found = self._refine(u_NU, weight_VU)
             facts |= {f"step{number}_{name}": value for name, value in found.items()}
         if early:
@@ -71,8 +71,3 @@ class PreManifestHead(nn.Module):
         moved_RU = before_RU + self.update_gate.sigmoid() * self.move(mean_RU)
         length_R1 = before_RU.norm(dim=-1, keepdim=True) / moved_RU.norm(dim=-1, keepdim=True)
         return u_NU.index_copy(0, rows, moved_RU * length_R1), facts
-
-
-def _mean_loss(u_NU: Tensor, weight_VU: Tensor, targets_N: Tensor, chunk_tokens: int) -> Tensor:
-    loss_sum, _ = linear_cross_entropy(u_NU, weight_VU, targets_N, chunk_tokens)
-    return loss_sum / (targets_N != IGNORED).sum().clamp(min=1)

@@ -21,6 +21,7 @@ from sra_ds.model.facts import Facts
 from sra_ds.moe.experts import ZeroLinear
 from sra_ds.ops.delta_rule import delta_rule
 from sra_ds.ops.delta_rule_fla import delta_rule_fla
+from sra_ds.ops.precision import at_least_float32
 
 
 class FastMemory(nn.Module):
@@ -44,8 +45,8 @@ class FastMemory(nn.Module):
         """`cache` keeps the state after the last position."""
         heads = self.config.heads
         q, k, v = self.qkv(x_BTD).unflatten(-1, (3, heads, -1)).unbind(2)
-        decay_H = self.decay_logit.sigmoid()
-        rule = delta_rule_fla if self.config.kernel == "fla" else delta_rule
+        decay_H = at_least_float32(self.decay_logit).sigmoid()
+        rule = delta_rule_fla if self.config.kernel == "fla" and q.is_cuda else delta_rule
         found = rule(
             F.normalize(q, dim=-1),
             F.normalize(k, dim=-1),

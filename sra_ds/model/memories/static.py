@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sra_ds.config.model import CosineRouterConfig, StaticMemoryConfig
 from sra_ds.model.context import Context
-from sra_ds.model.facts import Facts, mean_over_valid
+from sra_ds.model.facts import Facts, sum_over_valid
 from sra_ds.moe.experts import ZeroLinear
 from sra_ds.moe.routers import CosineRouter
 from sra_ds.moe.routing import Routing
@@ -30,6 +30,7 @@ class StaticMemory(nn.Module):
 
     def __init__(self, config: StaticMemoryConfig, width: int) -> None:
         super().__init__()
+        self.config = config
         slots = CosineRouterConfig(gate="selected", initial_temperature=config.temperature)
         self.key = nn.Linear(width, config.key_width, bias=False)
         self.router = CosineRouter(slots, config.key_width, config.slots, config.best)
@@ -54,7 +55,7 @@ class StaticMemory(nn.Module):
         )
         m_BTR = self.adapter(read_NV).unflatten(0, x_BTD.shape[:2])
         size_BT = at_least_float32(m_BTR).square().sum(-1)
-        penalties = {"memory": mean_over_valid(size_BT, valid_BT)}
+        penalties = {"memory": sum_over_valid(size_BT, valid_BT)}
         facts = {"penalties": penalties, **slot_usage(routing.load_E)}
         return self.up(m_BTR * self.down(x_BTD)), facts
 

@@ -11,8 +11,8 @@ beta >= 1 lets the weights sharpen. Each token halts by its own entropy:
 
     soft    lambda^t = sigmoid((threshold - h^t) / softness), omega^t = lambda^t prod_{u<t} (1 - lambda^u)
             y = out(sum_t omega^t o^t), the last taking what is left (PonderNet, arXiv 2107.05407)
-    hard    y = out(o^t) of the first t with h^t < threshold, or of the last; only queries that go on
-            are computed further
+    hard    y = out(o^t) of the first t with h^t < threshold, or of the last; queries that go on are
+            gathered, in each row of the batch as many as in the row with the most
 
 Whether a token halts is a function of what it may see: nothing leaks from later tokens or other rows.
 
@@ -28,9 +28,10 @@ from torch import Tensor, nn
 
 from sra_ds.config.model import ResonanceConfig
 from sra_ds.model.context import Context
-from sra_ds.model.facts import Facts, Halting, mean_over_valid
+from sra_ds.model.facts import Facts, Halting, sum_over_valid
 from sra_ds.model.mixers.attention import Angles, HeadsMixer, attend, rotate
 from sra_ds.ops.entropy_attention import Attended, entropy_attention, flex_entropy_attention
+from sra_ds.ops.precision import at_least_float32
 
 
 class Keys(NamedTuple):
@@ -41,6 +42,16 @@ class Keys(NamedTuple):
     v_BHSC: Tensor
     visible_B1TS: Tensor
     log_visible_BT: Tensor
+
+
+class Halted(NamedTuple):
+    """What the iterations came to: the output, relative entropies (NaN after a token has halted), the
+    number of iterations, and the mean size of a query's change over the query's."""
+
+    y_BHTC: Tensor
+    entropy_IBT: Tensor
+    count_BT: Tensor
+    query_step: Tensor
 
 
 class Resonance(HeadsMixer):
@@ -69,29 +80,34 @@ class Resonance(HeadsMixer):
         wide = torch.promote_types(q.dtype, torch.float32)
         seen_BT = visible.sum(-1, dtype=wide)[:, 0]
         keys = Keys(k, v, visible, seen_BT.log().expand(len(q), -1))
-        halt = self._halt_softly if self.halting == "soft" else self._halt_hard
-        y_BHTC, entropy_IBT, count_BT = halt(q, keys, angles)
-        facts: Facts = {"halting": _halting(entropy_IBT, count_BT, context.valid_BT)}
+        if self.halting == "soft":
+            found = self._halt_softly(q, keys, angles)
+        else:
+            found = self._halt_hard(q, keys, angles, context.valid_BT)
+        facts: Facts = {
+            "halting": _halting(found.entropy_IBT, found.count_BT, context.valid_BT),
+            "query_step": found.query_step,
+        }
         if self.halting == "soft":
             facts["penalties"] = {
-                "ponder": mean_over_valid(count_BT, context.valid_BT),
-                "entropy": mean_over_valid(entropy_IBT[-1], context.valid_BT),
+                "ponder": sum_over_valid(found.count_BT, context.valid_BT),
+                "entropy": sum_over_valid(found.entropy_IBT[-1], context.valid_BT),
             }
-        return self.merge(y_BHTC), facts
+        return self.merge(found.y_BHTC), facts
 
-    def _halt_softly(
-        self, q_BHTC: Tensor, keys: Keys, angles: Angles | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Every iteration of every token, weighted: the mean output, the entropies, and the expected
-        number of iterations."""
-        entropies, outputs, shares, left_BT = [], [], [], torch.ones_like(keys.log_visible_BT)
+    def _halt_softly(self, q_BHTC: Tensor, keys: Keys, angles: Angles | None) -> Halted:
+        """Every iteration of every token, weighted; the number of iterations is the expected one."""
+        entropies, outputs, shares, steps = [], [], [], []
+        left_BT = torch.ones_like(keys.log_visible_BT)
         for number in range(self.iterations):
             found = self._attend(q_BHTC, keys, number)
             entropy_BT = relative_entropy(found.entropy_BHT, keys.log_visible_BT)
             halt_BT = torch.ones_like(entropy_BT)
             if number < self.iterations - 1:
                 halt_BT = ((self.threshold - entropy_BT) / self.softness).sigmoid()
-                q_BHTC = q_BHTC + self._update(found.out_BHTC, angles)
+                update_BHTC = self._update(found.out_BHTC, angles)
+                steps.append(_relative_size(update_BHTC, q_BHTC))
+                q_BHTC = q_BHTC + update_BHTC
             entropies.append(entropy_BT)
             outputs.append(found.out_BHTC)
             shares.append(left_BT * halt_BT)
@@ -101,16 +117,14 @@ class Resonance(HeadsMixer):
             for share_BT, out_BHTC in zip(shares, outputs, strict=True)
         )
         count_BT = sum(number * share_BT for number, share_BT in enumerate(shares, 1))
-        return sum(weighted), torch.stack(entropies), count_BT  # type: ignore[return-value]
+        y_BHTC, query_step = sum(weighted), torch.stack(steps).mean()
+        return Halted(y_BHTC, torch.stack(entropies), count_BT, query_step)  # type: ignore[arg-type]
 
     def _halt_hard(
-        self, q_BHTC: Tensor, keys: Keys, angles: Angles | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The first iteration of every token and the next ones of those that go on: the last output of
-        each token, its entropies (NaN after it has halted), and how many iterations it took.
-
-        A row of the batch keeps as many queries as the row with the most; the rest of them has halted,
-        and what is found for these is dropped."""
+        self, q_BHTC: Tensor, keys: Keys, angles: Angles | None, valid_BT: Tensor | None
+    ) -> Halted:
+        """The first iteration of every token and the next ones of those that go on; padding does not.
+        What is found for queries that only fill up a row is dropped."""
         B, _, T, _ = q_BHTC.shape
         found = self._attend(q_BHTC, keys, 0)
         y_BHTC, index_BA = found.out_BHTC, torch.arange(T, device=q_BHTC.device).expand(B, T)
@@ -118,6 +132,9 @@ class Resonance(HeadsMixer):
         entropy_IBT = entropy_BA.new_full((self.iterations, B, T), torch.nan)
         entropy_IBT[0] = entropy_BA.detach()
         goes_on_BA = entropy_BA >= self.threshold
+        if valid_BT is not None:
+            goes_on_BA = goes_on_BA & valid_BT
+        steps = [torch.zeros((), device=q_BHTC.device)]
         for number in range(1, self.iterations):
             most = int(goes_on_BA.sum(1).max())
             if most == 0:
@@ -125,8 +142,10 @@ class Resonance(HeadsMixer):
             chosen_BA = goes_on_BA.byte().argsort(dim=-1, descending=True, stable=True)[:, :most]
             goes_on_BA, index_BA = goes_on_BA.gather(1, chosen_BA), index_BA.gather(1, chosen_BA)
             turned = None if angles is None else _pick_angles(angles, index_BA)
-            step = self._update(_pick(found.out_BHTC, chosen_BA), turned)
-            q_BHTC = _pick(q_BHTC, chosen_BA) + step
+            update_BHTC = self._update(_pick(found.out_BHTC, chosen_BA), turned)
+            q_BHTC = _pick(q_BHTC, chosen_BA)
+            steps.append(_relative_size(update_BHTC, q_BHTC))
+            q_BHTC = q_BHTC + update_BHTC
             own = _pick_keys(keys, index_BA)
             found = self._attend(q_BHTC, own, number, keys.k_BHSC.shape[2] - T + index_BA)
             entropy_BA = relative_entropy(found.entropy_BHT, own.log_visible_BT)
@@ -134,25 +153,29 @@ class Resonance(HeadsMixer):
             known_BA = entropy_BA.detach().where(goes_on_BA, torch.nan)
             entropy_IBT[number].scatter_(1, index_BA, known_BA)
             goes_on_BA = goes_on_BA & (entropy_BA >= self.threshold)
-        return y_BHTC, entropy_IBT, entropy_IBT.isfinite().sum(0).to(entropy_IBT.dtype)
+        # every process has gradients of the same parameters, also one whose tokens have all stopped
+        for parameter in (self.retrieval_weight, self.update_gate, self.sharpening):
+            y_BHTC = y_BHTC + 0.0 * parameter.sum()
+        count_BT = entropy_IBT.isfinite().sum(0).to(entropy_IBT.dtype)
+        return Halted(y_BHTC, entropy_IBT, count_BT, torch.stack(steps[1:] or steps).mean())
 
     def _attend(
         self, q_BHTC: Tensor, keys: Keys, number: int, positions_BT: Tensor | None = None
     ) -> Attended:
         """Iteration `number`: the weights are sharper by beta each time."""
         if number:
-            beta_H11 = (1 + F.softplus(self.sharpening))[:, None, None] ** number
-            q_BHTC = q_BHTC * beta_H11
+            beta_H = 1 + F.softplus(at_least_float32(self.sharpening))
+            q_BHTC = q_BHTC * beta_H[:, None, None] ** number
         whole = positions_BT is None and q_BHTC.shape[2] == keys.k_BHSC.shape[2]
-        flex = self.kernel == "flex" or (self.kernel == "auto" and q_BHTC.is_cuda)
-        attention = flex_entropy_attention if flex and whole else entropy_attention
+        flex = whole and self.kernel == "flex" and q_BHTC.is_cuda
+        attention = flex_entropy_attention if flex else entropy_attention
         k, v, visible = keys.k_BHSC, keys.v_BHSC, keys.visible_B1TS
         return attention(q_BHTC.to(k.dtype), k, v, visible, positions_BT)
 
     def _update(self, out_BHTC: Tensor, angles: Angles | None) -> Tensor:
         """What an iteration adds to the query."""
-        gate_H11 = self.update_gate.sigmoid()[:, None, None]
-        retrieved_BHTC = gate_H11 * (out_BHTC @ self.retrieval_weight)
+        gate_H = at_least_float32(self.update_gate).sigmoid().to(out_BHTC.dtype)
+        retrieved_BHTC = gate_H[:, None, None] * (out_BHTC @ self.retrieval_weight)
         return retrieved_BHTC if angles is None else rotate(retrieved_BHTC, *angles)
 
 
@@ -160,6 +183,12 @@ def relative_entropy(entropy_BHT: Tensor, log_visible_BT: Tensor) -> Tensor:
     """Mean over heads of the entropy over the largest there can be; 0 where only one position is seen."""
     mean_BT = entropy_BHT.mean(1) / log_visible_BT.clamp(min=1e-9)
     return mean_BT.where(log_visible_BT > 0, 0.0)
+
+
+@torch.no_grad()
+def _relative_size(update_BHTC: Tensor, q_BHTC: Tensor) -> Tensor:
+    ratio: Tensor = update_BHTC.norm().float() / q_BHTC.norm().float().clamp(min=1e-30)
+    return ratio
 
 
 def _visible(context: Context, queries: int, length: int) -> Tensor:
