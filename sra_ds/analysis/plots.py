@@ -11,15 +11,20 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from sra_ds.analysis.resonance_plots import compression_figure, resonance_figures
+from sra_ds.analysis.resonance_plots import compression_figure, mask_figure, resonance_figures
 
 Metrics = list[dict[str, Any]]
 
 
 def draw_run(
-    metrics: Metrics, load_LE: NDArray[Any], grams: list[NDArray[Any]], folder: Path
+    metrics: Metrics,
+    load_LE: NDArray[Any],
+    grams: list[NDArray[Any]],
+    masks: dict[str, NDArray[np.bool_]],
+    folder: Path,
 ) -> list[Path]:
-    """Write the figures that apply to this run; returns their paths."""
+    """Write the figures that apply to this run; returns their paths. `masks` are those of the sparse
+    matrices of one layer."""
     steps = [line for line in metrics if "loss" in line]
     checks = [line for line in metrics if "validation" in line]
     figures: dict[str, Figure] = {}
@@ -31,6 +36,8 @@ def draw_run(
         figures["perplexity"] = perplexity_figure(checks)
     if load_LE.size:
         figures["expert_load"] = load_figure(load_LE)
+    if masks:
+        figures["mask"] = mask_figure(masks)
     if grams:
         figures["anchor_similarity"] = gram_figure(grams)
     folder.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from sra_ds.evaluation.run import Scoring, score_legacy
 from sra_ds.evaluation.text import open_corpus
 from sra_ds.inference.generate import generate
 from sra_ds.inference.load import LoadedRun, load_run
+from sra_ds.model.channels.prime_masked import SparseLinear
 from sra_ds.model.counting import count_parameters
 from sra_ds.storage.run_dir import RunDir, write_atomically
 from sra_ds.training.loop import Outcome
@@ -58,7 +59,13 @@ def draw_figures(loaded: LoadedRun, run: RunDir) -> list[Path]:
     ids = torch.zeros(1, 2, dtype=torch.int64, device=next(loaded.model.parameters()).device)
     with torch.no_grad():
         grams = [gram.float().cpu().numpy() for gram in loaded.model(ids).anchor_grams]
-    return draw_run(run.metrics(), load_LE, grams, run.figures)
+    first: Any = loaded.model.blocks[0]
+    masks = {
+        name.rpartition(".")[2]: module.live_mask().cpu().numpy()
+        for name, module in first.named_modules()
+        if isinstance(module, SparseLinear)
+    }
+    return draw_run(run.metrics(), load_LE, grams, masks, run.figures)
 
 
 def write_samples(loaded: LoadedRun, run: RunDir) -> dict[str, str]:

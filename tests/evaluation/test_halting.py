@@ -76,6 +76,7 @@ def test_the_sweep_scores_and_times_every_rule(make_run, call, tmp_path) -> None
     scored = call("evaluate", "--run", run, "--halting", "hard:2", "--json").tree
     assert rows[3]["token_perplexity"] == pytest.approx(scored["token_perplexity"], rel=1e-6)
     call("analyze_halting", "--run", run, "--thresholds", "0.3;0.5").refused("numbers such as")
+    call("analyze_halting", "--run", run, "--thresholds", "0.3,nan").refused("hard:nan")
 
 
 def test_summary_of_iterations() -> None:

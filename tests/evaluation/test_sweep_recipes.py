@@ -8,8 +8,10 @@ from sra_ds.analysis.plots import draw_comparison
 from sra_ds.config import load_recipe
 from sra_ds.errors import ConfigError
 from sra_ds.evaluation.compare import read_sweep
+from sra_ds.inference.load import load_run
 from sra_ds.model.counting import flops_per_token
 from sra_ds.model.language_model import build_model
+from sra_ds.workflow.report import draw_figures
 
 
 def test_the_shipped_sweep_varies_thresholds_iterations_and_primes() -> None:
@@ -62,6 +64,13 @@ def row(name: str, share: float | None) -> dict:
         "token_perplexity_sd": 1.0,
         "token_perplexities": [9.0, 11.0],
     }
+
+
+def test_masks_of_a_run_are_drawn(make_run, tmp_path: Path) -> None:
+    for family, drawn in (("resonance", True), ("resonance-blocks", True), ("dense", False)):
+        run = make_run(family, name=family)
+        draw_figures(load_run(run.path), run)
+        assert (run.figures / "mask.png").exists() == drawn
 
 
 def test_a_figure_of_compression_where_shares_differ(tmp_path: Path) -> None:

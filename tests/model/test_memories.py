@@ -148,3 +148,17 @@ def test_a_persistent_memory_is_saved_and_stays_in_float32(tiny_recipe: Builder)
     assert model.get_buffer(names[0]).dtype == torch.float32
     assert torch.equal(model.get_buffer(names[0]), kept)
     assert model.blocks[0].memory.qkv.weight.dtype == torch.bfloat16
+
+
+def test_a_slow_decay_keeps_its_gradient_in_bf16(tiny_recipe: Builder) -> None:
+    """sigmoid of a bf16 number near 7 would round to 1."""
+    model = build_model(recipe_with(tiny_recipe, {**FAST, "decay": 0.999}))
+    memory = model.blocks[0].memory
+    with torch.no_grad():
+        memory.out.weight.normal_()
+    model.bfloat16()
+    ids_BT = tokens()
+    output = model(ids_BT, ids_BT)
+    assert float(output.facts["layer0/memory_decay"]) == pytest.approx(0.999, abs=1e-4)
+    output.loss_sum.backward()
+    assert (memory.decay_logit.grad != 0).all()

@@ -58,6 +58,16 @@ def test_packed_and_unpacked_it_is_the_delta_rule(
     torch.testing.assert_close(found.state_BHVC, expected.state_BHVC, **near)
 
 
+@pytest.mark.parametrize("stateful", [False, True])
+def test_padding_alone_changes_nothing(monkeypatch, stateful: bool) -> None:
+    monkeypatch.setattr(module, "fused_kernel", lambda: stand_in)
+    state = torch.randn(ROWS, HEADS, VALUES, KEYS).double() if stateful else None
+    nowhere_BT = torch.zeros(ROWS, LENGTH, dtype=torch.bool)
+    found = delta_rule_fla(*inputs(), ~nowhere_BT, nowhere_BT, state)
+    expected = torch.zeros(ROWS, HEADS, VALUES, KEYS).double() if state is None else state
+    assert torch.equal(found.state_BHVC, expected) and (found.y_BTHV == 0).all()
+
+
 def test_without_the_library_it_says_what_to_install() -> None:
     try:
         import fla.ops.gated_delta_rule  # noqa: F401

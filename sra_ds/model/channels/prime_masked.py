@@ -33,6 +33,10 @@ class SparseLinear(nn.Module):
                 return random_mask(self.rows, self.columns, self.config.primes, seed)
             return prime_mask(self.rows, self.columns, self.config.primes)
 
+    def live_mask(self) -> Tensor:
+        """Where weights live."""
+        return self.make_mask(0)
+
 
 class MaskedLinear(SparseLinear):
     """x[..., columns] -> x (W * mask)^T + bias. Dead weights start at 0 and have no gradient."""
@@ -44,6 +48,10 @@ class MaskedLinear(SparseLinear):
         self.weight = nn.Parameter(torch.empty(self.rows, self.columns))
         mask = torch.empty(self.rows, self.columns, dtype=torch.bool)
         self.register_buffer("mask", mask, persistent=False)
+
+    def live_mask(self) -> Tensor:
+        """Where weights live."""
+        return self.mask
 
     def forward(self, x: Tensor) -> Tensor:
         """The dense product of the masked weight."""
