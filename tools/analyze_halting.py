@@ -66,10 +66,11 @@ def command(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def show(found: dict[str, Any]) -> None:
     """Two tables."""
-    names = ("token_perplexity", "iterations", "model_time_over_soft", "mixers_time_over_soft")
-    print(f"{'rule':<12}" + "".join(f"{name:>24}" for name in names))
+    times = (f"{part}_time_over_soft" for part in ("model", "mixers", "decoding"))
+    names = ("token_perplexity", "iterations", *times)
+    print(f"{'rule':<12}" + "".join(f"{name:>26}" for name in names))
     for row in found["rules"]:
-        print(f"{row['rule']:<12}" + "".join(f"{row[name]:>24.3f}" for name in names))
+        print(f"{row['rule']:<12}" + "".join(f"{row[name]:>26.3f}" for name in names))
     for name, own in sorted(found["types"]["classes"].items(), key=lambda x: -x[1]["iterations"]):
         print(f"{name:<14}{own['iterations']:>7.3f} [{own['low']:.3f}, {own['high']:.3f}]")
 

@@ -17,11 +17,13 @@ from tqdm import tqdm
 from sra_ds.data.shards import TokenSplit
 from sra_ds.evaluation.perplexity import evaluate
 from sra_ds.evaluation.run import Scoring, setting
+from sra_ds.inference.generate import Sampling, next_tokens
 from sra_ds.inference.halting import halted_by
 from sra_ds.inference.load import LoadedRun
 from sra_ds.model.mixers.resonance import Resonance
 
 ROUNDS = 5
+PROMPTS, DECODED = ("The", "In", "He", "It"), 32
 
 
 def halting_sweep(
@@ -54,7 +56,8 @@ def halting_sweep(
     for row, rule in zip(rows, rules, strict=True):
         row["perplexity_over_soft"] = row["token_perplexity"] / rows[0]["token_perplexity"]
         row["tokens_per_second"] = 1 / statistics.median(t.model for t in times[rule])
-        for part in ("model", "mixers"):
+        row["decoded_tokens_per_second"] = 1 / statistics.median(t.decoding for t in times[rule])
+        for part in Times._fields:
             ratios = [
                 getattr(own, part) / getattr(soft, part)
                 for own, soft in zip(times[rule], times["soft"], strict=True)
@@ -64,22 +67,27 @@ def halting_sweep(
 
 
 class Times(NamedTuple):
-    """Seconds per token, of the whole forward pass and of its mixers."""
+    """Seconds per token: scored by the whole forward pass, by the mixers in it, and decoded one after the
+    other."""
 
     model: float
     mixers: float
+    decoding: float
 
 
 def time_of(
     loaded: LoadedRun, split: TokenSplit, rule: str, tokens: int, device: torch.device
 ) -> Times:
-    """Of scoring the split's first tokens under a rule."""
+    """Of scoring the split's first tokens under a rule, and of writing some more."""
     with halted_by(loaded.model, rule), timed_mixers(loaded.model) as inside:
         start = time.perf_counter()
         found = evaluate(loaded.model, split, setting(loaded, Scoring(), device), tokens)
         seconds = time.perf_counter() - start
-    assert found is not None
-    return Times(seconds / found.tokens, sum(inside) / found.tokens)
+        assert found is not None
+        mixers, start = sum(inside), time.perf_counter()
+        rows = list(next_tokens(loaded.model, loaded.tokenizer, PROMPTS, DECODED, Sampling()))
+        decoding = (time.perf_counter() - start) / (len(rows) * len(PROMPTS))
+    return Times(seconds / found.tokens, mixers / found.tokens, decoding)
 
 
 @contextmanager
