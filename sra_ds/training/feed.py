@@ -52,14 +52,17 @@ class DocumentFeed:
     def __init__(self, documents: TrainingDocuments, plan: BatchPlan, rank: int) -> None:
         self.documents, self.plan, self.rank = documents, plan, rank
         self.per_step = plan.accumulation * plan.world_size
+        self._counted: tuple[int, int] = (-1, 0)
 
     def batch(self, step: int, micro: int) -> Batch:
         own = micro * self.plan.world_size + self.rank
         return self.documents.batch(step * self.per_step + own)
 
     def targets(self, step: int) -> int:
-        first = step * self.per_step
-        return sum(self.documents.targets(n) for n in range(first, first + self.per_step))
+        if self._counted[0] != step:
+            numbers = range(step * self.per_step, (step + 1) * self.per_step)
+            self._counted = (step, sum(map(self.documents.targets, numbers)))
+        return self._counted[1]
 
     def epoch(self, step: int) -> float:
         return step * self.per_step / self.documents.count

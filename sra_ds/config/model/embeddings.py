@@ -24,7 +24,7 @@ class PrimeHilbertEmbeddingConfig(Part):
     table_width: int = Field(128, ge=1)
     """Width d0 of the table of tokens."""
     primes: DistinctPrimes = (7, 11, 13, 17, 19)
-    """Odd primes; positions are told apart up to their product."""
+    """Positions are told apart up to the product of these."""
     copies: int = Field(4, ge=1)
     """Dimensions of a subspace over its prime (m)."""
     token_skip: bool = True
