@@ -54,7 +54,7 @@ def entropy_attention(
     B, H, T, C = q_BHTC.shape
     out_NTC, entropy_NT = _EntropyAttention.apply(
         *(x.reshape(B * H, -1, C) for x in (q_BHTC, k_BHSC, v_BHSC)),
-        visible_B1TS if visible_B1TS is not None else _causal(q_BHTC, k_BHSC, positions_BT),
+        _visible(q_BHTC, k_BHSC, visible_B1TS, positions_BT),
         _chunks(T, k_BHSC.shape[2], positions_BT),
     )
     return Attended(out_NTC.view(B, H, T, C), entropy_NT.view(B, H, T))
@@ -68,7 +68,7 @@ def entropy_attention_reference(
     positions_BT: Tensor | None = None,
 ) -> Attended:
     """Definition of `entropy_attention`."""
-    visible = _causal(q_BHTC, k_BHSC, positions_BT) if visible_B1TS is None else visible_B1TS
+    visible = _visible(q_BHTC, k_BHSC, visible_B1TS, positions_BT)
     scores_BHTS = at_least_float32(q_BHTC @ k_BHSC.mT) / math.sqrt(q_BHTC.shape[-1])
     log_weights = scores_BHTS.masked_fill(~visible, UNSEEN).log_softmax(-1)
     weights_BHTS = log_weights.exp()
@@ -84,7 +84,7 @@ def flex_entropy_attention(
     positions_BT: Tensor | None = None,
 ) -> Attended:
     """`entropy_attention` by torch's flex attention: fused where it is compiled, which is on a GPU."""
-    visible = _causal(q_BHTC, k_BHSC, positions_BT) if visible_B1TS is None else visible_B1TS
+    visible = _visible(q_BHTC, k_BHSC, visible_B1TS, positions_BT)
     visible = visible.expand(len(q_BHTC), -1, -1, -1)
 
     def only_visible(score: Tensor, b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -109,8 +109,12 @@ def _compiled_flex() -> Any:
     return torch.compile(flex_attention)
 
 
-def _causal(q_BHTC: Tensor, k_BHSC: Tensor, positions_BT: Tensor | None) -> Tensor:
-    """Boolean B x 1 x T x S, or 1 x 1 x T x S: positions up to the query's own."""
+def _visible(
+    q_BHTC: Tensor, k_BHSC: Tensor, visible_B1TS: Tensor | None, positions_BT: Tensor | None
+) -> Tensor:
+    """The given mask; without one, boolean B or 1 x 1 x T x S: positions up to the query's own."""
+    if visible_B1TS is not None:
+        return visible_B1TS
     length, queries = k_BHSC.shape[2], q_BHTC.shape[2]
     every_S = torch.arange(length, device=k_BHSC.device)
     own_BT = every_S[None, length - queries :] if positions_BT is None else positions_BT
