@@ -21,4 +21,10 @@ STABLE_TORCH_LIBRARY(sra_kernels, m) {
   m.def("dispatch_backward(Tensor grad_rows, Tensor place, int tokens) -> Tensor");
   m.def("combine(Tensor rows, Tensor gates, Tensor place) -> Tensor");
   m.def("combine_backward(Tensor grad, Tensor rows, Tensor gates, Tensor place) -> (Tensor, Tensor)");
+  m.def(
+      "prime_blocks(Tensor x, Tensor blocks, int[] primes, int rows, bool inputs_first) -> "
+      "Tensor");
+  m.def(
+      "prime_blocks_backward(Tensor grad, Tensor x, Tensor blocks, int[] primes, bool inputs_first) -> (Tensor, "
+      "Tensor)");
 }

@@ -1,8 +1,9 @@
 """A feed-forward network whose matrices live only where a prime divides the distance of channels.
 
 Two ways to hold the same weights: whole matrices times their mask, which costs what a dense network
-costs, or the live weights alone with products of dense blocks (`sra_ds.ops.prime_mask`). Hidden channels
-have no order of their own, so the pattern means nothing a priori: `pattern: random` is the control.
+costs, or the live weights alone with products of dense blocks (`sra_ds.ops.prime_blocks`). Hidden
+channels have no order of their own, so the pattern means nothing a priori: `pattern: random` is the
+control.
 """
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from sra_ds.config.model import PrimeMaskedChannelConfig
 from sra_ds.model.channels.dense import DenseChannel
 from sra_ds.moe.experts import ResidualLinear
-from sra_ds.ops.prime_mask import BlockPlan, prime_block_product, prime_mask, random_mask
+from sra_ds.ops.prime_blocks import BlockPlan, prime_block_product
+from sra_ds.ops.prime_mask import prime_mask, random_mask
 
 
 class SparseLinear(nn.Module):
