@@ -21,16 +21,27 @@ struct PrimeBlocks {
 
 constexpr int64_t kVectorTokens = 64;  // of one pass through a block
 
-// y += W x for `tokens` tokens, a multiple of kVectorTokens; rows of x and y are `tokens` apart.
-void add_blocks(const std::vector<PrimeBlocks>& primes, const float* blocks, int64_t tokens, const float* x_DC,
-                float* y_FC);
+// Channels first: channel d begins at at[d * apart].
+template <class Number>
+struct Channels {
+  Number* at;
+  int64_t apart;
 
-// grad_x += W^T grad_y, and grad_blocks += grad_y x^T at the blocks' entries.
-void add_blocks_backward(const std::vector<PrimeBlocks>& primes, const float* blocks, int64_t tokens,
-                         const float* x_DC, const float* grad_FC, float* grad_DC, float* grad_blocks);
+  operator Channels<const Number>() const { return {at, apart}; }
+};
 
-// x[c][d] of `count` tokens to out[d][c], rows `tokens` apart, zero beyond count; and back.
-void channels_first(const float* x_CD, int64_t count, int64_t width, int64_t tokens, float* out_DC);
-void tokens_first(const float* x_DC, int64_t count, int64_t width, int64_t tokens, float* out_CD);
+// y += W x for kVectorTokens tokens; and x += W^T y.
+void add_blocks(const std::vector<PrimeBlocks>& primes, const float* blocks, Channels<const float> x_DC,
+                Channels<float> y_FC);
+void add_blocks_transposed(const std::vector<PrimeBlocks>& primes, const float* blocks,
+                           Channels<const float> y_FC, Channels<float> x_DC);
+
+// blocks += y x^T at the entries of one residue, over `tokens` tokens, a multiple of kVectorTokens.
+void add_outer_products(const PrimeBlocks& prime, int64_t residue, int64_t tokens, Channels<const float> y_FC,
+                        Channels<const float> x_DC, float* blocks);
+
+// x[c][d] of `count` tokens to out[d][c] with zeros up to kVectorTokens; and back.
+void channels_first(const float* x_CD, int64_t count, int64_t width, Channels<float> out_DC);
+void tokens_first(Channels<const float> x_DC, int64_t count, int64_t width, float* out_CD);
 
 }  // namespace sra::cpu

@@ -106,8 +106,9 @@ def _memory(case: Case) -> _Part:
     each head."""
     memory, w = case.recipe.model.memory, case.width
     if isinstance(memory, StaticMemoryConfig):
-        numbers = memory.slots * FLOAT / w + 2 * memory.key_width + 4 * memory.best
-        return _Part(numbers * w, 0, case.recipe.model.width * w)
+        cosines = (1 if case.compiled else 3) * memory.slots
+        numbers = 2 * memory.key_width + 4 * memory.best
+        return _Part(cosines * FLOAT + numbers * w, 0, case.recipe.model.width * w)
     if isinstance(memory, FastWeightsConfig):
         inner = memory.heads * memory.head_width
         persistent = 4 * inner if isinstance(memory, PersistentMemoryConfig) else 0
@@ -148,7 +149,9 @@ def _channel(case: Case) -> _Part:
         fixed = 0
         if isinstance(channel, PrimeMaskedChannelConfig):
             fixed = _sparse_copies(channel, width, w)
-            if channel.storage == "blocks":  # inputs are kept channels first, beside a memory's
+            compiled = case.compiled and case.device == "cpu" and w == FLOAT
+            if channel.storage == "blocks" and not compiled:
+                # inputs are kept channels first, beside a memory's
                 hidden += 2 * max(channel.primes) * w
                 hidden += width * w if isinstance(model.memory, StaticMemoryConfig) else 0
         return _Part(width * w + hidden, width * w, width * w, fixed)

@@ -23,7 +23,8 @@ class Case(NamedTuple):
     """"cpu" has no fused attention with dropout, keeps dropout masks as numbers, has pages only for what
     is written, and gloo, which reduces copies."""
     compiled: bool = False
-    """Whether cosine routing and, on a CPU, experts without dropout run compiled, which keeps less."""
+    """Whether cosine routing and, on a CPU, experts without dropout and products of blocks run compiled,
+    which keeps less."""
 
     @property
     def tokens(self) -> int:

@@ -180,7 +180,7 @@ needs_compiled = pytest.mark.skipif(
 
 
 @needs_compiled
-@pytest.mark.parametrize("tokens", [0, 1, 63, 64, 130, 300])
+@pytest.mark.parametrize("tokens", [0, 1, 63, 64, 130, 600])
 @pytest.mark.parametrize(("columns", "rows"), [(1, 1), (5, 48), (48, 5), (67, 100), (100, 67)])
 @prime_lists
 def test_compiled_product_and_gradients_equal_the_reference(
@@ -206,12 +206,28 @@ def test_compiled_product_and_gradients_equal_the_reference(
 def test_compiled_operator_keeps_the_promises_of_operators(threads: int) -> None:
     (x, values, _), _, plan = operands(130, 48, 67, (3, 5), torch.float32)
     assert module.runs_compiled(x)
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         arguments = (*leaves(x, plan(values)), [3, 5], 67, plan.columns_first)
         torch.library.opcheck(torch.ops.sra_kernels.prime_blocks.default, arguments)
     finally:
-        torch.set_num_threads(1)
+        torch.set_num_threads(before)
+
+
+@needs_compiled
+def test_threads_change_nothing() -> None:
+    tensors, _, plan = operands(1100, 48, 67, MANY, torch.float32)
+    assert module.runs_compiled(tensors[0])
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        own = leaves(*tensors)
+        y = prime_block_product(own[0], own[1], plan, own[2])
+        y.square().sum().backward()
+        results.append((y, *(tensor.grad for tensor in own)))
+    torch.set_num_threads(before)
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
 
 
 @needs_compiled

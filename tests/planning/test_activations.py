@@ -89,10 +89,13 @@ def test_kept_activations_are_what_autograd_saves(name, checkpointed, kernels):
     assert kept == pytest.approx(counted, rel=0.05)
 
 
-@pytest.mark.parametrize("name", RESONANT)
-def test_kept_activations_of_the_resonance_parts(name):
+@pytest.mark.parametrize(
+    ("name", "kernels"), [*((name, "auto") for name in RESONANT), ("blocks", "reference")]
+)
+def test_kept_activations_of_the_resonance_parts(name, kernels):
     start, overrides = RESONANT[name]
     recipe = load_recipe(start, [*COMMON, *SMALL_HEAD, *overrides])
-    counted, compiled = saved_bytes(recipe), "cpu" in extension().devices
+    with use_kernels(kernels):
+        counted, compiled = saved_bytes(recipe), "cpu" in extension().devices
     case = Case(recipe, read_shapes(recipe), Layout(1), Zero(), WINDOWS, 1, 4, "cpu", compiled)
     assert activation_bytes(case).kept == pytest.approx(counted, rel=0.05)
