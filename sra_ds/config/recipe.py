@@ -122,3 +122,12 @@ class Recipe(Part):
         if stride > length:
             raise ValueError(f"evaluation.stride={stride} exceeds data.sequence_length={length}")
         return self
+
+    @model_validator(mode="after")
+    def _candidates_exist(self) -> "Recipe":
+        head, tokens = self.model.head, self.data.tokenizer.vocab_size
+        if isinstance(head, PreManifestHeadConfig) and head.candidates > tokens:
+            raise ValueError(
+                f"model.head.candidates={head.candidates} exceeds data.tokenizer.vocab_size={tokens}"
+            )
+        return self

@@ -45,11 +45,12 @@ def cells_of(recipes: list[str], overrides: list[str]) -> list[Cell]:
 def read_sweep(name_or_file: str, overrides: list[str]) -> list[Cell]:
     """The variants of a sweep: a YAML file, or one shipped as `sra_ds/recipes/sweeps/NAME.yaml`, with a
     `recipe` and `variants`, each a name and its overrides. Raises `ConfigError`."""
-    path = Path(name_or_file)
+    path, shipped = Path(name_or_file), Path(str(resources.files("sra_ds") / "recipes" / "sweeps"))
     if path.suffix not in (".yaml", ".yml"):
-        path = Path(str(resources.files("sra_ds") / "recipes" / "sweeps" / f"{name_or_file}.yaml"))
+        path = shipped / f"{name_or_file}.yaml"
     if not path.is_file():
-        raise ConfigError(f"no sweep named {name_or_file!r}, and no such .yaml file")
+        names = ", ".join(sorted(found.stem for found in shipped.glob("*.yaml")))
+        raise ConfigError(f"no sweep {name_or_file!r}: shipped are {names}, or a .yaml file")
     try:
         tree = yaml.safe_load(path.read_text("utf-8"))
         base, variants = str(tree["recipe"]), dict(tree["variants"])

@@ -37,9 +37,9 @@ def read_halting(how: str) -> tuple[str, float | None]:
         threshold = float(text) if separator else None
     except ValueError:
         threshold = -1.0
-    if kind not in ("soft", "hard") or (threshold is not None and not 0 <= threshold < 1e9):
+    if kind not in ("soft", "hard") or (threshold is not None and not 0 <= threshold <= 1):
         raise ConfigError(
-            f"--halting {how}: expected soft or hard, or with a threshold of the relative entropy as in "
-            "hard:0.5"
+            f"--halting {how}: expected soft or hard, or with a threshold of the relative entropy "
+            "from 0 to 1 as in hard:0.5"
         )
     return kind, threshold

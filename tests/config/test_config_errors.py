@@ -126,6 +126,12 @@ BAD_OVERRIDES = {
     "model.mixer={kind: resonance, treshold: 0.5}": (
         "unknown key model.mixer.treshold (did you mean 'threshold'?)"
     ),
+    "model.mixer={kind: resonance, threshold: 1.6}": (
+        "model.mixer.threshold: Input should be less than or equal to 1 (got 1.6)"
+    ),
+    "model.head={kind: pre_manifest, candidates: 999999}": (
+        "recipe: model.head.candidates=999999 exceeds data.tokenizer.vocab_size=300"
+    ),
     "losses.ponder_weight=0.1": (
         "recipe: losses.ponder_weight=0.1 has no effect without model.mixer.kind=resonance with "
         "halting=soft and some iterations"

@@ -28,7 +28,9 @@ def test_a_rule_holds_within_the_block_only(make_run) -> None:
     assert rules(model) == [("soft", 0.5)] * 2
 
 
-@pytest.mark.parametrize("how", ["", "hart", "hard:", "hard:x", "hard:-1", "soft:nan", "soft:inf"])
+@pytest.mark.parametrize(
+    "how", ["", "hart", "hard:", "hard:x", "hard:-1", "hard:1.5", "soft:nan", "soft:inf"]
+)
 def test_what_is_no_rule_is_refused(how: str) -> None:
     with pytest.raises(ConfigError, match="expected soft or hard"):
         read_halting(how)
@@ -38,14 +40,14 @@ def test_evaluation_and_generation_take_a_rule(make_run, call) -> None:
     run = make_run("resonance").path
     found = {
         how: call("evaluate", "--run", run, "--json", "--health-tokens", 0, *how).tree
-        for how in ((), ("--halting", "hard:0"), ("--halting", "hard:2"))
+        for how in ((), ("--halting", "hard:0"), ("--halting", "hard:1"))
     }
     assert found["--halting", "hard:0"]["iterations"] == {"mean": 3.0, "by_layer": [3.0, 3.0]}
-    assert found["--halting", "hard:2"]["iterations"] == {"mean": 1.0, "by_layer": [1.0, 1.0]}
+    assert found["--halting", "hard:1"]["iterations"] == {"mean": 1.0, "by_layer": [1.0, 1.0]}
     assert 1 < found[()]["iterations"]["mean"] < 3
     assert len({tree["nll_per_token"] for tree in found.values()}) == 3
     prompt = ("generate", "--run", run, "--prompt", "a", "--json", "--max-tokens", 4)
-    assert call(*prompt, "--halting", "hard:2").tree["tokens"] > 0
+    assert call(*prompt, "--halting", "hard:1").tree["tokens"] > 0
     call(*prompt, "--halting", "never").refused("expected soft or hard")
 
 
@@ -59,7 +61,7 @@ def test_a_model_that_does_not_iterate_has_no_rule(make_run, call) -> None:
 def test_the_sweep_scores_and_times_every_rule(make_run, call, tmp_path) -> None:
     run = make_run("resonance").path
     out = tmp_path / "sweep"
-    options = ("--thresholds", "0,0.5,2", "--timed-tokens", 50, "--out", out)
+    options = ("--thresholds", "0,0.5,1", "--timed-tokens", 50, "--out", out)
     options = (*options, "--typed-tokens", 2000)
     found = call("analyze_halting", "--run", run, "--json", *options).tree
     assert json.loads((out / "halting.json").read_text()) == found
@@ -69,13 +71,13 @@ def test_the_sweep_scores_and_times_every_rule(make_run, call, tmp_path) -> None
     assert types["classes"] and sum(own["tokens"] for own in types["classes"].values()) > 100
     assert types["all"]["iterations"] == pytest.approx(sum(types["by_layer"]) / 2, rel=1e-5)
     rows = found["rules"]
-    assert [row["rule"] for row in rows] == ["soft", "hard:0", "hard:0.5", "hard:2"]
+    assert [row["rule"] for row in rows] == ["soft", "hard:0", "hard:0.5", "hard:1"]
     assert rows[1]["iterations"] == 3 and rows[3]["iterations"] == 1
     assert 1 < rows[2]["iterations"] < 3
     for part in ("model", "mixers", "decoding"):
         assert rows[0][f"{part}_time_over_soft"] == 1 and rows[3][f"{part}_time_over_soft"] > 0
     assert rows[0]["decoded_tokens_per_second"] > 0
-    scored = call("evaluate", "--run", run, "--halting", "hard:2", "--json").tree
+    scored = call("evaluate", "--run", run, "--halting", "hard:1", "--json").tree
     assert rows[3]["token_perplexity"] == pytest.approx(scored["token_perplexity"], rel=1e-6)
     call("analyze_halting", "--run", run, "--thresholds", "0.3;0.5").refused("numbers such as")
     call("analyze_halting", "--run", run, "--thresholds", "0.3,nan").refused("hard:nan")

@@ -36,7 +36,7 @@ def test_what_is_no_sweep_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_an_unknown_sweep_is_refused() -> None:
-    with pytest.raises(ConfigError, match="no sweep named 'nothing'"):
+    with pytest.raises(ConfigError, match="no sweep 'nothing': shipped are resonance"):
         read_sweep("nothing", [])
 
 

@@ -137,7 +137,7 @@ def test_deep_supervision_scores_the_distributions_before_the_last(tiny_recipe: 
     )
     plain = first(ids_BT, targets_BT)
     assert len(early) == 1
-    assert early[0].item() != pytest.approx(float(plain.loss_sum), rel=1e-6)
+    assert early[0].item() != pytest.approx(plain.loss_sum.item(), rel=1e-6)
     model.head.threshold = 2.0  # nothing moves: every distribution is the first
     (still,) = model(ids_BT, targets_BT).penalties["supervision"]
     torch.testing.assert_close(still, plain.loss_sum)

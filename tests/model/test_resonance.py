@@ -133,7 +133,9 @@ def test_one_iteration_is_attention_to_the_bit(tiny_recipe: Builder) -> None:
 
 def test_a_threshold_above_every_entropy_stops_after_one_and_zero_never() -> None:
     x_BTD = inputs()
-    found = run(mixer(halting="hard", threshold=1.0001), x_BTD)[1]["halting"]
+    always = mixer(halting="hard")
+    always.threshold = 1.0001
+    found = run(always, x_BTD)[1]["halting"]
     assert (found.iterations_BT == 1).all()
     found = run(mixer(halting="hard", threshold=0.0), x_BTD)[1]["halting"]
     assert (found.iterations_BT == 3).all()

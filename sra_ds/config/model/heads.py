@@ -26,7 +26,7 @@ class PreManifestHeadConfig(Part):
     """Most refinements of a token; 0 is the tied head."""
     candidates: int = Field(64, ge=1)
     """Likeliest tokens whose mean vector a refinement adds (m)."""
-    threshold: float = Field(0.3, ge=0)
+    threshold: float = Field(0.3, ge=0, le=1)
     """Entropy of the distribution over ln(vocabulary) below which a token is refined no more."""
     deep_supervision: bool = False
     """While training also score the distributions before the last, for `losses.supervision_weight`."""

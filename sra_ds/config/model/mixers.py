@@ -33,7 +33,7 @@ class ResonanceConfig(HeadsConfig):
     halting: Literal["soft", "hard"] = "soft"
     """`soft`: a weighted mean over the iterations. `hard`: each token stops at the first iteration whose
     entropy is below `threshold`; queries that go on are gathered."""
-    threshold: float = Field(0.3, ge=0)
+    threshold: float = Field(0.3, ge=0, le=1)
     """Entropy of the weights over ln(visible positions), mean over heads, below which a token stops."""
     softness: float = Field(0.05, gt=0)
     """Width of the soft threshold, in the same unit."""
