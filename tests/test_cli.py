@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import yaml
 
 from commands import BIN, ROOT, call, train, write_corpus, write_recipe
 
@@ -128,10 +129,12 @@ def test_compare_runs_each_cell_once(folder, tmp_path):
         "losses: {balance: none, dispersion: none, z_weight: 0}\n"
     )
     asked = ("compare", "--recipes", folder / "tiny.yaml", dense, "--seeds", "0,1", "--json")
-    asked += ("--set", "training.steps=4", "--out", tmp_path / "out")
+    asked += ("--set", "training.steps=4", "--set", "logging.every=2", "--out", tmp_path / "out")
     result = json_of(tool(*asked))
     assert [row["recipe"] for row in result["rows"]] == ["tiny", "dense"]
     assert len(result["cells"]) == 4
+    saved = yaml.safe_load((tmp_path / "out" / "tiny-s0" / "recipe.yaml").read_text())
+    assert (saved["training"]["steps"], saved["logging"]["every"]) == (4, 2)
     (difference,) = result["differences"]
     assert difference["low"] <= difference["nats_per_token"] <= difference["high"]
     for name in ("comparison.md", "comparison.csv", "comparison.json", "comparison.png"):

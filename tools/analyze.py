@@ -19,7 +19,13 @@ def main() -> int:
     parser = cli.parser(__doc__ or "")
     parser.add_argument("--run", type=Path, required=True, help="run directory")
     parser.add_argument(
-        "--against", type=Path, nargs="+", default=[], metavar="RUN", help="runs to put beside it"
+        "--against",
+        type=Path,
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="runs to put beside it",
     )
     parser.add_argument("--out", type=Path, help="folder to write to (default: the run directory)")
     parser.add_argument("--checkpoint", default="best", help="best, latest or a step")

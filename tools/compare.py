@@ -17,12 +17,13 @@ def main() -> int:
     """Parse and run."""
     parser = cli.parser(__doc__ or "")
     chosen = parser.add_mutually_exclusive_group(required=True)
-    chosen.add_argument("--runs", nargs="+", type=Path, metavar="DIR", help="finished runs")
-    chosen.add_argument("--recipes", nargs="+", metavar="NAME", help="train these, then compare")
+    several: dict[str, Any] = {"action": "extend", "nargs": "+"}
+    chosen.add_argument("--runs", **several, type=Path, metavar="DIR", help="finished runs")
+    chosen.add_argument("--recipes", **several, metavar="NAME", help="train these, then compare")
     chosen.add_argument("--sweep", metavar="NAME|FILE", help="train the variants of a recipe")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated (default: %(default)s)")
     parser.add_argument(
-        "--set", nargs="*", default=[], metavar="key.path=value", help="for all recipes"
+        "--set", **several, default=[], metavar="key.path=value", help="for all recipes"
     )
     parser.add_argument("--deepspeed", type=Path, default=ROOT / "ds_configs" / "zero0.json")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="runs and tables")
