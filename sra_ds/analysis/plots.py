@@ -119,15 +119,17 @@ def draw_comparison(rows: list[dict[str, Any]], folder: Path) -> None:
 
 def comparison_figure(rows: list[dict[str, Any]], path: Path) -> None:
     """Mean and standard deviation of the perplexity of each recipe over its seeds."""
-    figure, axes = _axes("", "validation token perplexity")
+    figure, axes = _axes("validation token perplexity", "")
     names = [row["recipe"] for row in rows]
     means = [row["token_perplexity_mean"] for row in rows]
     deviations = [row["token_perplexity_sd"] or 0.0 for row in rows]
-    axes.errorbar(names, means, yerr=deviations, fmt="o", capsize=5)
-    axes.margins(x=0.3)
-    for x, row in enumerate(rows):
+    axes.errorbar(means, range(len(rows)), xerr=deviations, fmt="o", capsize=5)
+    axes.set_yticks(range(len(rows)), names)
+    axes.invert_yaxis()
+    axes.margins(y=0.2)
+    for y, row in enumerate(rows):
         axes.plot(
-            [x] * len(row["token_perplexities"]), row["token_perplexities"], "x", color="gray"
+            row["token_perplexities"], [y] * len(row["token_perplexities"]), "x", color="gray"
         )
     figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)

@@ -59,8 +59,9 @@ def mixers() -> dict[str, nn.Module]:
         ("hard, all go on", "hard", 0.0),
         ("hard, all stop", "hard", 2.0),
     ):
-        config = ResonanceConfig(heads=HEADS, halting=halting, threshold=threshold)
-        made[name] = Resonance(config, MIXER_WIDTH)
+        mixer = Resonance(ResonanceConfig(heads=HEADS, halting=halting), MIXER_WIDTH)
+        mixer.threshold = threshold  # beyond 1 no entropy goes on
+        made[name] = mixer
     return made
 
 
