@@ -1,7 +1,6 @@
 #include "prime_blocks.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "numbers.h"
 
@@ -94,14 +93,6 @@ SRA_CLONES void add_blocks(const std::vector<PrimeBlocks>& primes, const float* 
     for (int64_t r = 0; r < own.prime; ++r)
       add_block({blocks + own.residue(r), own.output_step(), own.input_step()}, of_residue(x_DC, own.prime, r),
                 of_residue(y_FC, own.prime, r), own.outputs, own.inputs);
-}
-
-SRA_CLONES void add_blocks_transposed(const std::vector<PrimeBlocks>& primes, const float* blocks,
-                                      Channels<const float> y_FC, Channels<float> x_DC) {
-  for (const PrimeBlocks& own : primes)
-    for (int64_t r = 0; r < own.prime; ++r)
-      add_block({blocks + own.residue(r), own.input_step(), own.output_step()}, of_residue(y_FC, own.prime, r),
-                of_residue(x_DC, own.prime, r), own.inputs, own.outputs);
 }
 
 SRA_CLONES void add_outer_products(const PrimeBlocks& prime, int64_t residue, int64_t tokens,

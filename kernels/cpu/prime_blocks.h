@@ -17,6 +17,7 @@ struct PrimeBlocks {
   int64_t output_step() const { return inputs_first ? 1 : inputs; }
   int64_t input_step() const { return inputs_first ? outputs : 1; }
   int64_t residue(int64_t r) const { return begin + r * outputs * inputs; }
+  PrimeBlocks transposed() const { return {prime, inputs, outputs, begin, !inputs_first}; }  // the same numbers
 };
 
 constexpr int64_t kVectorTokens = 64;  // of one pass through a block
@@ -30,11 +31,9 @@ struct Channels {
   operator Channels<const Number>() const { return {at, apart}; }
 };
 
-// y += W x for kVectorTokens tokens; and x += W^T y.
+// y += W x for kVectorTokens tokens.
 void add_blocks(const std::vector<PrimeBlocks>& primes, const float* blocks, Channels<const float> x_DC,
                 Channels<float> y_FC);
-void add_blocks_transposed(const std::vector<PrimeBlocks>& primes, const float* blocks,
-                           Channels<const float> y_FC, Channels<float> x_DC);
 
 // blocks += y x^T at the entries of one residue, over `tokens` tokens, a multiple of kVectorTokens.
 void add_outer_products(const PrimeBlocks& prime, int64_t residue, int64_t tokens, Channels<const float> y_FC,

@@ -2,7 +2,6 @@
 // where rows of one residue lie a whole number of rows apart.
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -18,10 +17,10 @@ namespace stable = torch::stable;
 // Of the backward pass; rows one cache line further apart, or they would all fall on the same lines of a cache.
 constexpr int64_t kChunkTokens = 512, kApart = kChunkTokens + 16;
 
-// The matrix: its sizes, its blocks, all (prime, residue), and how many rows beyond them residues may touch.
+// The matrix and its transpose by primes, all (prime, residue), and how many rows too many residues may touch.
 struct Matrix {
   int64_t padding = 0;
-  std::vector<PrimeBlocks> primes;
+  std::vector<PrimeBlocks> primes, transposed;
   std::vector<std::pair<size_t, int64_t>> residues;
 
   Matrix(int64_t outputs, int64_t inputs, const std::vector<int64_t>& numbers, bool inputs_first,
@@ -30,6 +29,7 @@ struct Matrix {
     for (int64_t p : numbers) {
       STD_TORCH_CHECK(p > 0, "prime_blocks: primes expected, got ", p);
       primes.push_back({p, (outputs + p - 1) / p, (inputs + p - 1) / p, begin, inputs_first});
+      transposed.push_back(primes.back().transposed());
       for (int64_t r = 0; r < p; ++r) residues.emplace_back(primes.size() - 1, r);
       begin += p * primes.back().outputs * primes.back().inputs;
       padding = std::max(padding, p - 1);
@@ -97,7 +97,7 @@ std::tuple<Tensor, Tensor> prime_blocks_backward(const Tensor& grad, const Tenso
       channels_first(data<const float>(x) + first * D, count, D, x_DC);
       channels_first(data<const float>(grad) + first * F, count, F, grad_FC);
       std::fill_n(grad_DC.at, of_x, 0.0f);
-      add_blocks_transposed(matrix.primes, data<const float>(blocks), grad_FC, grad_DC);
+      add_blocks(matrix.transposed, data<const float>(blocks), grad_FC, grad_DC);
       tokens_first(grad_DC, count, D, data<float>(grad_x) + first * D);
     });
     each(matrix.residues.size(), 0, [&](int64_t item, float*) {
