@@ -74,7 +74,7 @@ class BlockLinear(SparseLinear):
             return BlockPlan(self.rows, self.columns, self.config.primes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Products of dense blocks, one batch of them per prime."""
+        """Products of dense blocks, those of each prime."""
         y_NF = prime_block_product(x.flatten(0, -2), self.values, self.plan, self.bias)
         return y_NF.view(*x.shape[:-1], self.rows)
 
