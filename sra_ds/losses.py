@@ -2,8 +2,9 @@
 
     total = cross-entropy + w_balance * balance + w_dispersion * dispersion + w_z * z
             + w_ponder * iterations + w_entropy * entropy + w_memory * size + w_supervision * early
+            + w_orthogonality * overlap + w_ghost * error
 
-with each term the mean over the layers that have it; those of the second line are penalties that parts
+with each term the mean over the layers that have it; those of the last two lines are penalties that parts
 of the model return. Equations: SRA v1 (arXiv 2509.14255v1) for cv2, signed
 and z, SRA v2 for bandpass and elastic, Fedus et al. 2021 (arXiv 2101.03961) for switch. Routing
 statistics are over valid tokens; when data is split over processes they go through
@@ -54,6 +55,8 @@ def _penalty_terms(
         "entropy": config.entropy_weight,
         "memory": config.memory_weight,
         "supervision": config.supervision_weight,
+        "orthogonality": config.orthogonality_weight,
+        "ghost": config.ghost_weight,
     }
     return {
         name: (torch.stack(list(values)).mean() / tokens, weights[name])

@@ -1,10 +1,12 @@
 """Summaries of routing and halting: pure functions of facts, for logs, progress bars and reports."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+from torch.nn.utils.rnn import pad_sequence
 
 DEAD_SHARE = 1e-4
 HISTOGRAM_EDGES = (0.0, *(2.0**power for power in range(-6, 3)))
@@ -43,16 +45,28 @@ def load_summary(load_E: Tensor, tokens: float) -> dict[str, float]:
     }
 
 
-def layers_summary(load_LE: Tensor, tokens: float) -> dict[str, Any]:
+def stacked_loads(loads: Sequence[Tensor]) -> Tensor:
+    """The loads of all layers, L x S, in float64 on the CPU; layers with fewer experts to choose from
+    (less ghosts awake) end in zeros."""
+    return pad_sequence([load_E.detach().double().cpu() for load_E in loads], batch_first=True)
+
+
+def layers_summary(
+    load_LE: Tensor, tokens: float, slots_L: Sequence[int] | None = None
+) -> dict[str, Any]:
     """`load_summary` of every layer and over all of them; counts of dead experts are summed, and
-    `dead_fraction` takes the stricter definition (fewer than 1e-4 of a layer's routes)."""
-    layers = [load_summary(load_E, tokens) for load_E in load_LE]
+    `dead_fraction` takes the stricter definition (fewer than 1e-4 of a layer's routes). `slots_L` says
+    how many of a layer's experts could be chosen; None: all."""
+    slots_L = [load_LE.shape[1]] * len(load_LE) if slots_L is None else slots_L
+    layers = [
+        load_summary(load_E[:slots], tokens) for load_E, slots in zip(load_LE, slots_L, strict=True)
+    ]
     dead = {
         f"dead_{n}": sum(int(x[f"dead_{n}"]) for x in layers) for n in ("by_routes", "by_tokens")
     }
     return {
         **dead,
-        "dead_fraction": dead["dead_by_routes"] / max(load_LE.numel(), 1),
+        "dead_fraction": dead["dead_by_routes"] / max(sum(slots_L), 1),
         "load_cv": sum(layer["load_cv"] for layer in layers) / max(len(layers), 1),
         "max_violation": max((layer["max_violation"] for layer in layers), default=0.0),
         "per_layer": layers,
@@ -94,3 +108,17 @@ def halting_summary(entropy_IBT: Tensor, iterations_BT: Tensor) -> dict[str, Any
         rows.append({"mean": mean, "p10": low, "p90": high, "reached": reached})
     mean = float(counts.mean()) if len(counts) else None
     return {"iterations": mean, "shares": shares.tolist(), "entropy": rows}
+
+
+def specialisation(outputs_END: Tensor) -> float:
+    """1 minus the mean linear CKA (Kornblith et al. 2019, arXiv 1905.00414) of each two experts' outputs
+    for the same N tokens: 0 where all say the same up to rotation and size, towards 1 where what they say
+    has nothing in common. Cosines of weights would say 1 of any random matrices."""
+    outputs = outputs_END.double()
+    centred_END = outputs - outputs.mean(1, keepdim=True)
+    experts = len(centred_END)
+    crossed = torch.einsum("end,fng->efdg", centred_END, centred_END).square().sum((2, 3))
+    own_E = crossed.diagonal().sqrt()
+    similar_EE = crossed / (own_E[:, None] * own_E[None, :]).clamp(min=1e-300)
+    pairs = torch.triu_indices(experts, experts, 1)
+    return float(1 - similar_EE[pairs[0], pairs[1]].mean())

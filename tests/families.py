@@ -56,5 +56,52 @@ FAMILIES: dict[str, dict[str, Any]] = {
         },
         "memory": {"kind": "fast", "heads": 2, "head_width": 8},
     },
+    "moe-gnn": {
+        "channel": {
+            **MOE,
+            "top_k": 3,
+            "router": {"kind": "linear"},
+            "coupling": {"kind": "gnn", "rank": 4},
+        }
+    },
+    "moe-hgnn": {
+        "channel": {
+            **MOE,
+            "top_k": 3,
+            "compare_outputs": True,
+            "coupling": {"kind": "hgnn", "rank": 4, "rounds": 2, "token_gate": True},
+        }
+    },
+    "moe-learned-hyperedges": {
+        "channel": {
+            **MOE,
+            "shared_expert": GELU,
+            "coupling": {
+                "kind": "hgnn",
+                "rank": 4,
+                "incidence": "learned",
+                "hyperedges": 6,
+                "members": 3,
+            },
+        }
+    },
+    "moe-block": {
+        "channel": {
+            **MOE,
+            "top_k": 4,
+            "expert_kind": "block",
+            "expert_heads": 2,
+            "compare_outputs": True,
+            "coupling": {"kind": "gnn", "rank": 4},
+        }
+    },
+    "moe-ghost": {
+        "channel": {
+            **MOE,
+            "compare_outputs": True,
+            "coupling": {"kind": "hgnn", "rank": 4},
+            "ghosts": {"count": 1, "background": True},
+        }
+    },
 }
 ROUTED = [name for name, model in FAMILIES.items() if model["channel"]["kind"] == "moe"]

@@ -129,6 +129,7 @@ def analyse(loaded: LoadedRun, request: Request, device: torch.device) -> Analys
                 ),
             }
         label = text.label
+    slots_L = [router.slots for router in loaded.model.routers()]
     facts = {
         "schema_version": SCHEMA_VERSION,
         "run": loaded.run.path.name,
@@ -145,7 +146,7 @@ def analyse(loaded: LoadedRun, request: Request, device: torch.device) -> Analys
             "top_words": TOP_WORDS,
             "least_routes": least_routes(trace),
         },
-        "health": health(trace.load_LE.astype(np.float64), trace.tokens),
+        "health": health(trace.load_LE.astype(np.float64), trace.tokens, slots_L),
         "saturation": {str(step): shares for step, shares in settled.items()},
         "sweeps": sweeps,
     }

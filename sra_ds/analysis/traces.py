@@ -176,14 +176,15 @@ class _Writer:
         folder: Path,
     ) -> None:
         self.model, self.split, self.how, self.folder = model, split, how, folder
-        self.layers, self.experts = len(model.routers()), channel.experts
+        self.layers = len(model.routers())
+        self.experts = max(router.slots for router in model.routers())
         self.top_k = int(model.routers()[0].top_k)
         self.tokens = traced_tokens(split, how)
         self.token_dtype = "uint16" if model.vocab_size <= 2**16 else "uint32"
-        self.expert_dtype = "uint8" if channel.experts <= 2**8 else "uint16"
+        self.expert_dtype = "uint8" if self.experts <= 2**8 else "uint16"
         self.documents = split.documents[split.documents["start"] < self.tokens]
         self.untrained = _untrained_routers(model, channel, self.top_k, how.device)
-        self.counters = [PairCounter(channel.experts) for _ in range(self.layers)]
+        self.counters = [PairCounter(self.experts) for _ in range(self.layers)]
         width, domains = model.config.width, max(len(split.domains), 1)
         per_expert = (self.layers, self.experts)
         self.pairs_LEE = np.zeros((*per_expert, self.experts), np.int64)
@@ -292,7 +293,7 @@ class _Writer:
         self.sums_LED[layer] += (chosen_TE.T @ x_TD).double().cpu().numpy()
         scores_TE = found.routing.scores_TE[counted]
         chosen_TK = scores_TE.gather(1, ids_TK).double().cpu().numpy()
-        best_T2 = scores_TE.topk(min(2, self.experts), 1).values.double().cpu().numpy()
+        best_T2 = scores_TE.topk(min(2, scores_TE.shape[1]), 1).values.double().cpu().numpy()
         lead_T = best_T2[:, 0] - best_T2[:, -1]
         routes, first_T = experts_TK.ravel(), experts_TK[:, 0]
         for name, at, values in (
@@ -328,8 +329,8 @@ def _untrained_routers(
 ) -> list[nn.Module]:
     """Routers of the same kind with initial values of their own, one for each layer."""
     routers = []
-    for layer in range(len(model.routers())):
-        router = build_router(channel.router, model.config.width, channel.experts, top_k)
+    for layer, trained in enumerate(model.routers()):
+        router = build_router(channel.router, model.config.width, trained.slots, top_k)
         initialise_router(router, UNTRAINED_SEED, f"layer{layer}")
         routers.append(router.to(device).eval())
     return routers

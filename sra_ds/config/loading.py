@@ -2,7 +2,8 @@
 
     defaults < recipe that `extends` names < recipe file < overrides
 
-Layers merge key by key; a part whose `kind` changes is replaced whole, since the keys of one kind mean
+`model.moe.mode` in a layer stands for a few keys, those of a file in `recipes/modes`, below the layer's
+own. Layers merge key by key; a part whose `kind` changes is replaced whole, since the keys of one kind mean
 nothing to another; a corpus keeps what all sources share.
 """
 
@@ -20,6 +21,8 @@ from sra_ds.config.recipe import Recipe
 from sra_ds.errors import ConfigError
 
 CHOICE_KEYS = ("kind", "source")
+MODES = ("gnn", "hgnn", "orthogonal", "ghost")
+"""Architectures of the MoE research family; `orthogonal` goes on from `hgnn`, `ghost` from that."""
 Tree = dict[str, Any]
 
 
@@ -42,6 +45,7 @@ def load_recipe(name_or_file: str | Path, overrides: list[str] | None = None) ->
     overlay: Tree = {}
     for override in overrides:
         overlay = merge(overlay, parse_override(override))
+    overlay = _with_mode(overlay)
     return validate(merge(_with_defaults(tree), overlay))
 
 
@@ -116,13 +120,38 @@ def _read_layers(name_or_file: str, seen: tuple[str, ...]) -> Tree:
     own = str(Path(name_or_file).resolve()) if Path(name_or_file).is_file() else name_or_file
     if own in seen:
         raise ConfigError(f"recipe {name_or_file!r} extends itself: {' -> '.join(seen)}")
-    tree = _read_yaml(name_or_file)
+    tree = _with_mode(_read_yaml(name_or_file))
     parent = tree.pop("extends", None)
     if parent is None:
         return tree
     sibling = Path(name_or_file).parent / str(parent)
     found = str(sibling) if sibling.suffix and sibling.is_file() else str(parent)
     return merge(_with_defaults(_read_layers(found, (*seen, own))), tree)
+
+
+def _with_mode(layer: Tree) -> Tree:
+    """The layer with what `model.moe.mode` stands for."""
+    model = layer.get("model")
+    if not isinstance(model, dict) or "moe" not in model:
+        return layer
+    rest = {**layer, "model": {key: value for key, value in model.items() if key != "moe"}}
+    moe = model["moe"]
+    if not isinstance(moe, dict) or set(moe) != {"mode"}:
+        raise ConfigError(
+            f"model.moe: only `mode` is known, one of {', '.join(MODES)} (got {moe!r})"
+        )
+    if moe["mode"] not in MODES:
+        near = _nearest(str(moe["mode"]), list(MODES))
+        raise ConfigError(f"model.moe.mode: no mode {moe['mode']!r}{near}: {', '.join(MODES)}")
+    return merge(_read_mode(moe["mode"]), rest)
+
+
+def _read_mode(name: str) -> Tree:
+    """A mode, and below it the one it goes on from."""
+    text = (resources.files("sra_ds") / "recipes" / "modes" / f"{name}.yaml").read_text("utf-8")
+    tree: Tree = yaml.safe_load(text)
+    below = tree.pop("extends", None)
+    return tree if below is None else merge(_read_mode(below), tree)
 
 
 def _read_yaml(name_or_file: str) -> Tree:

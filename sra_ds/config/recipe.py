@@ -104,16 +104,55 @@ class Recipe(Part):
         mixer, head = model.mixer, model.head
         soft = isinstance(mixer, ResonanceConfig) and mixer.iterations > 1
         soft = soft and mixer.halting == "soft"  # type: ignore[union-attr]
+        channel = model.channel
+        compared = isinstance(channel, MoEChannelConfig) and channel.compare_outputs
+        taught = isinstance(channel, MoEChannelConfig) and channel.ghosts.background
         supervised = isinstance(head, PreManifestHeadConfig) and head.deep_supervision
         for name, there, needed in (
             ("ponder_weight", soft, "mixer.kind=resonance with halting=soft and some iterations"),
             ("entropy_weight", soft, "mixer.kind=resonance with halting=soft and some iterations"),
             ("memory_weight", isinstance(model.memory, StaticMemoryConfig), "memory.kind=static"),
+            ("orthogonality_weight", compared, "channel.compare_outputs=true"),
+            ("ghost_weight", taught, "channel.ghosts.background=true"),
             ("supervision_weight", supervised, "head.deep_supervision=true"),
         ):
             weight = getattr(self.losses, name)
             if not there and weight not in (0, LossesConfig.model_fields[name].default):
                 raise ValueError(f"losses.{name}={weight:g} has no effect without model.{needed}")
+        return self
+
+    @model_validator(mode="after")
+    def _experts_can_be_watched(self) -> "Recipe":
+        channel, training = self.model.channel, self.training
+        routed = isinstance(channel, MoEChannelConfig)
+        watched = training.specialisation
+        if watched is not None and (
+            not isinstance(channel, MoEChannelConfig)
+            or channel.experts == 1
+            or self.parallel.expert_parallel_size > 1
+        ):
+            raise ValueError(
+                "training.specialisation compares the outputs of all experts: it needs "
+                "model.channel.kind=moe with several and parallel.expert_parallel_size=1"
+            )
+        if watched is not None and watched.target is not None:
+            if not (isinstance(channel, MoEChannelConfig) and channel.compare_outputs):
+                raise ValueError(
+                    "training.specialisation.target moves the orthogonality loss: it needs "
+                    "model.channel.compare_outputs=true"
+                )
+            if not self.losses.orthogonality_weight:
+                raise ValueError(
+                    "training.specialisation.target has no effect with losses.orthogonality_weight=0"
+                )
+        ghosts = channel.ghosts.count if isinstance(channel, MoEChannelConfig) else 0
+        if training.ghosts is not None and not ghosts:
+            raise ValueError("training.ghosts needs model.channel.ghosts.count")
+        if routed and ghosts and training.remedies.active:
+            raise ValueError(
+                "training.remedies judge a fixed set of experts and model.channel.ghosts add to it; "
+                "leave one of them out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -92,6 +92,54 @@ class RemediesConfig(Part):
         return self
 
 
+class SpecialisationConfig(Part):
+    """Measuring how differently the experts of a layer answer the same tokens, 1 - CKA, and with a target
+    moving the weight of the orthogonality loss towards it."""
+
+    every: int = Field(500, gt=0)
+    """Steps between measurements; the last step is measured, too."""
+    tokens: int = Field(1024, ge=2)
+    """Tokens that all experts answer."""
+    target: float | None = Field(None, gt=0, le=1)
+    """Score the weights are moved for, each layer's on its own (the published controller has 0.95); it
+    must exceed what the untrained experts have. None: weights stay."""
+    rate: float = Field(0.5, gt=0)
+    """Step of the logarithm of a weight for a score that is 1 away."""
+    dead_band: float = Field(0.02, ge=0)
+    """Distance from the target that moves nothing."""
+    lowest: float = Field(1e-3, gt=0)
+    highest: float = Field(0.3, gt=0)
+    """Bounds of a layer's weight, `losses.orthogonality_weight` included."""
+    layer_decay: float = Field(0.8, gt=0, le=1)
+    """At the start a layer's weight is this times that of the layer below."""
+
+    @model_validator(mode="after")
+    def _bounds_rise(self) -> "SpecialisationConfig":
+        if self.lowest >= self.highest:
+            raise ValueError(f"lowest={self.lowest} must be below highest={self.highest}")
+        return self
+
+
+class GhostScheduleConfig(Part):
+    """When ghosts wake and how they start. Saturation is of training tokens, over the last steps."""
+
+    threshold: float = Field(0.6, ge=0, le=1)
+    """Saturation above which a layer asks for another expert."""
+    patience: int = Field(3, ge=1)
+    """Checks in a row that must ask for it."""
+    every: int = Field(100, gt=0)
+    """Steps between checks; a layer wakes one ghost at a check at most."""
+    min_step: int = Field(1000, ge=0)
+    """No ghost wakes before this step."""
+    window: int = Field(100, ge=1)
+    """Steps over which saturation is averaged, with weights that fall exponentially."""
+    ramp_steps: int = Field(100, ge=1)
+    """Steps from the first route to a ghost until it competes as any expert."""
+    learning_rate: Literal["inverse", "complementary", "same"] = "inverse"
+    """Of a ghost that is awake, over alpha times the peak: 1 - r, (1 - r) / 2 + 0.1 or r, where r is the
+    scheduled rate over its peak. Before, ghosts learn with the scheduled rate."""
+
+
 class TrainingConfig(Part):
     """One optimizer step sees `batch_size` windows, whatever the number of processes."""
 
@@ -121,6 +169,10 @@ class TrainingConfig(Part):
     selection_bias_rate: float = Field(0.0, ge=0)
     """Step u of the auxiliary-loss-free balancing b += u sign(mean load - load); 0: off."""
     remedies: RemediesConfig = RemediesConfig()
+    specialisation: SpecialisationConfig | None = None
+    """Measure it, and with a target act on it; None: off, {}: with these defaults."""
+    ghosts: GhostScheduleConfig | None = None
+    """Wake the ghosts of `model.channel.ghosts`; None: they sleep, {}: with these defaults."""
     activation_checkpointing: bool = False
     """Recompute attention and experts in backward; routing is kept, never recomputed."""
     compile: bool = False

@@ -1,5 +1,6 @@
 """Expert health of a trained model: load over many tokens and dead experts at both definitions."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from tqdm import tqdm
 
 from sra_ds.data.loader import TrainingWindows
 from sra_ds.evaluation.perplexity import Model
-from sra_ds.metrics import layers_summary
+from sra_ds.metrics import layers_summary, stacked_loads
 
 
 @torch.no_grad()
@@ -29,13 +30,15 @@ def load_over_tokens(
     for step in tqdm(range(steps), "expert health", leave=False):
         batch = windows.batch(step, batch_size)
         routings = model(*batch.to(device)).routings
-        load_LE = load_LE + torch.stack([r.load_E for r in routings]).double().cpu().numpy()
+        load_LE = load_LE + stacked_loads([r.load_E for r in routings]).numpy()
         tokens += batch.ids_BT.numel()
     return load_LE, tokens
 
 
-def health(load_LE: NDArray[np.float64], tokens: int) -> dict[str, Any]:
+def health(
+    load_LE: NDArray[np.float64], tokens: int, slots_L: Sequence[int] | None = None
+) -> dict[str, Any]:
     """Per layer and over all layers; `dead_by_routes` is the published v1 definition (below 1e-4 of the
     layer's routes), `dead_by_tokens` v2's (chosen by fewer than 1e-4 of the tokens)."""
-    found = layers_summary(torch.from_numpy(load_LE), tokens)
+    found = layers_summary(torch.from_numpy(load_LE), tokens, slots_L)
     return {"tokens": tokens, "enough_tokens": tokens >= 1_000_000, **found}

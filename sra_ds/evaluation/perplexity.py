@@ -20,6 +20,7 @@ from tqdm import tqdm
 from sra_ds.data.loader import IGNORED, Batch, ScoringWindow, scoring_batches, scoring_windows
 from sra_ds.data.shards import TokenSplit
 from sra_ds.heap import giving_back
+from sra_ds.metrics import stacked_loads
 from sra_ds.model.language_model import ModelOutput
 
 Model = Callable[..., ModelOutput]
@@ -145,7 +146,7 @@ class _Totals:
         self.document_tokens += np.bincount(owner, minlength=len(self.starts))
         self.correct += output.correct_BT.cpu()[counted].sum().item()
         if output.routings:
-            load_LE = torch.stack([r.load_E for r in output.routings]).double().cpu().numpy()
+            load_LE = stacked_loads([r.load_E for r in output.routings]).numpy()
             self.load_LE = self.load_LE + load_LE if self.load_LE.size else load_LE
         if output.haltings:
             count_LBT = torch.stack([h.iterations_BT for h in output.haltings]).double().cpu()

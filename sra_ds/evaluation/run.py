@@ -108,4 +108,4 @@ def _health(
             scoring.batch_size,
             device,
         )
-    return health(load_LE, tokens)
+    return health(load_LE, tokens, [router.slots for router in loaded.model.routers()])

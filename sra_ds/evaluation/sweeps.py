@@ -29,7 +29,7 @@ def k_sweep(
     loaded: LoadedRun, split: TokenSplit, tokens: int, device: torch.device
 ) -> list[dict[str, float]]:
     """Loss in nats per token and perplexity for k = 1 .. 8, or as many experts as there are."""
-    experts = loaded.model.routers()[0].experts
+    experts = min(router.slots for router in loaded.model.routers())
     rows = []
     for k in tqdm(range(1, min(MOST_K, experts) + 1), "k-sweep", leave=False):
         with choosing(loaded.model, k):
@@ -46,7 +46,8 @@ def drop_curve(
 ) -> list[dict[str, Any]]:
     """The same with shares of each layer's experts suppressed, the least or the most loaded first."""
     order_LE = np.argsort(load_LE, axis=1, kind="stable")
-    experts, top_k = load_LE.shape[1], loaded.model.routers()[0].top_k
+    slots_L = [router.slots for router in loaded.model.routers()]
+    experts, top_k = min(slots_L), loaded.model.routers()[0].top_k
     cases = [(first, s) for first in ("least", "most") for s in DROPPED_SHARES]
     rows = []
     for first, share in tqdm(cases, "dropping experts", leave=False):
@@ -55,7 +56,7 @@ def drop_curve(
         edits = tuple(
             Suppress(layer=layer, expert=int(expert))
             for layer, ranked_E in enumerate(ranked_LE)
-            for expert in ranked_E[:count]
+            for expert in ranked_E[ranked_E < slots_L[layer]][:count]
         )
         with steered(loaded.model, Steering(name="drop", edits=edits)):
             found = _score(loaded, split, tokens, device)

@@ -35,7 +35,7 @@ from sra_ds.config.steering import (
 from sra_ds.errors import ConfigError
 from sra_ds.inference.load import LoadedRun
 from sra_ds.model.language_model import LanguageModel
-from sra_ds.moe.layer import MoELayer
+from sra_ds.moe.layer import Given, MoELayer
 from sra_ds.moe.routers import ScoringRouter, anchor_rows
 from sra_ds.moe.routing import Routing
 from sra_ds.ops.top_k_routing import Selection, statistics, top_k_routing
@@ -129,23 +129,29 @@ def _steer_layer(layer: MoELayer, edits: Sequence[Edit], undo: ExitStack) -> Non
     if choices:
         undo.enter_context(_in_front(router, _rerouted(router, choices)))
     if scales:
-        undo.enter_context(_in_front(router, _scaled(router.experts, scales)))
+        undo.enter_context(_in_front(router, _scaled(router.slots, scales)))
     if replaced:
-        undo.enter_context(_in_front(layer.backend, _with_outputs(replaced)))
+        if layer.opened:
+            undo.enter_context(_in_front(layer, _with_routes(replaced), "routes"))
+        else:
+            undo.enter_context(_in_front(layer.backend, _with_outputs(replaced)))
 
 
 @contextmanager
-def _in_front(module: nn.Module, around: Callable[..., Any]) -> Iterator[None]:
-    """For a while `module(...)` is `around(own forward, ...)`; hooks of others go on as before."""
-    own, before = module.forward, vars(module).get("forward")
-    module.forward = lambda *arguments: around(own, *arguments)
+def _in_front(
+    module: nn.Module, around: Callable[..., Any], name: str = "forward"
+) -> Iterator[None]:
+    """For a while `module(...)`, or its method of this name, is `around(own, ...)`; hooks of others go on
+    as before."""
+    own, before = getattr(module, name), vars(module).get(name)
+    setattr(module, name, lambda *arguments: around(own, *arguments))
     try:
         yield
     finally:
         if before is None:
-            del module.forward
+            delattr(module, name)
         else:
-            module.forward = before
+            setattr(module, name, before)
 
 
 def _moved(layer: MoELayer, edits: list[Towards]) -> Callable[..., Any]:
@@ -170,7 +176,7 @@ def _moved(layer: MoELayer, edits: list[Towards]) -> Callable[..., Any]:
 def _rerouted(router: ScoringRouter, edits: Sequence[Suppress | Boost | Pin]) -> Callable[..., Any]:
     """Routing by edited scores, for the tokens that an edited expert serves before or after."""
     pinned = [edit.expert for edit in edits if isinstance(edit, Pin)]
-    edited_E = torch.zeros(router.experts, dtype=torch.bool)
+    edited_E = torch.zeros(router.slots, dtype=torch.bool)
     edited_E[[edit.expert for edit in edits]] = True
 
     def forward(
@@ -189,7 +195,7 @@ def _rerouted(router: ScoringRouter, edits: Sequence[Suppress | Boost | Pin]) ->
                 scores_TE[:, edit.expert] += edit.by
             elif isinstance(edit, Suppress):
                 scores_TE[:, edit.expert] = -torch.inf
-        bias_E = router.selection_bias_E.clone()
+        bias_E = router.selection_bias_E[: router.slots].clone()
         bias_E[pinned] = CERTAIN
         top_k = before.expert_ids_TK.shape[-1]
         after = top_k_routing(scores_TE, top_k, router.config.gate, Selection(valid_T, bias_E))
@@ -263,6 +269,24 @@ def _with_outputs(edits: list[Replace]) -> Callable[..., Any]:
     return forward
 
 
+def _with_routes(edits: list[Replace]) -> Callable[..., Any]:
+    """The same where outputs are kept apart: what is coupled then is the replaced output."""
+
+    def routes(own: Callable[..., Tensor], x_TD: Tensor, routing: Routing, given: Given) -> Tensor:
+        ids_TK = sent_TK = routing.expert_ids_TK
+        for edit in edits:
+            if isinstance(edit.output, int):
+                sent_TK = torch.where(ids_TK == edit.expert, edit.output, sent_TK)
+        rows_TKD = own(x_TD, routing._replace(expert_ids_TK=sent_TK), given)
+        for edit in edits:
+            if isinstance(edit.output, tuple):
+                fixed_D = torch.tensor(edit.output, dtype=rows_TKD.dtype, device=rows_TKD.device)
+                rows_TKD = torch.where((ids_TK == edit.expert).unsqueeze(-1), fixed_D, rows_TKD)
+        return rows_TKD
+
+    return routes
+
+
 def require_fit(model: LanguageModel, steering: Steering) -> None:
     """Raise `ConfigError` for the first edit that this model cannot take."""
     layers = model.routed_layers()
@@ -278,7 +302,7 @@ def require_fit(model: LanguageModel, steering: Steering) -> None:
             raise ConfigError(f"steering {steering.name!r}, {place}: {problem}")
     for number, layer in enumerate(layers):
         own = _of([e for e in steering.edits if e.layer == number], Suppress)
-        experts, top_k = int(layer.router.experts), int(layer.router.top_k)  # type: ignore[arg-type]
+        experts, top_k = int(layer.router.slots), int(layer.router.top_k)
         left = experts - len({edit.expert for edit in own})
         if left < top_k:
             raise ConfigError(
@@ -292,14 +316,14 @@ def _problem(layer: MoELayer, edit: Edit) -> str | None:
     router: Any = layer.router
     scored = isinstance(router, ScoringRouter)
     vector = edit.direction if isinstance(edit, Towards) else getattr(edit, "output", None)
-    if edit.expert >= router.experts:
-        return f"the layer has {router.experts} experts, from 0"
+    if edit.expert >= router.slots:
+        return f"the layer has {router.slots} experts, from 0"
     if isinstance(edit, (Suppress, Boost, Pin)) and not scored:
         return "this router has no scores to edit; scale and replace work"
     if vector == "anchor" and not scored:
         return "this router has no anchors; give a vector"
     if isinstance(vector, tuple) and len(vector) != layer.width:
         return f"its vector has {len(vector)} numbers, the model's have {layer.width}"
-    if isinstance(vector, int) and not 0 <= vector < router.experts:
+    if isinstance(vector, int) and not 0 <= vector < router.slots:
         return f"there is no expert {vector} to take the output of"
     return None

@@ -33,7 +33,8 @@ class Block(nn.Module):
         mixed_BTD, mixer_facts = _run(self.mixer, self.mixer_norm(x_BTD), context, cache)
         x_BTD = x_BTD + mixed_BTD
         h_BTD = self.channel_norm(x_BTD)
-        update_BTD, channel_facts = self.channel(h_BTD, context)
+        known = context._replace(mixed_BTD=mixed_BTD)
+        update_BTD, channel_facts = self.channel(h_BTD, known, cache)
         sizes: Facts = {"stream_rms": _rms(x_BTD), "channel_rms": _rms(update_BTD)}
         memory_facts: Facts = {}
         if self.memory is not None:

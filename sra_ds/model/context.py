@@ -44,6 +44,8 @@ class Context(NamedTuple):
     visible_B1TS: Tensor | None
     keep_scores: bool = False
     recompute: bool = False
+    mixed_BTD: Tensor | None = None
+    """What the mixer of this block added; for its channel."""
 
     @property
     def starts_BT(self) -> Tensor:

@@ -21,16 +21,20 @@ PARTS = ("embedding_head", "attention", "experts", "memory", "router", "norms")
 def count_parameters(model: LanguageModel) -> dict[str, Any]:
     """Total and active parameters, split by part. Of a sparse matrix only the live weights count.
 
-    Active: what one token uses, i.e. `top_k` of E experts and all else. Routers are listed apart and
-    `active` leaves them out as published counts do; `active_with_anchors` has them.
+    Active: what one token uses, i.e. `top_k` of E experts (ghosts among them or not) and all else.
+    Routers are listed apart and `active` leaves them out as published counts do; `active_with_anchors`
+    has them.
     """
     channel = model.config.channel
     total = dict.fromkeys(PARTS, 0)
     active_experts = 0.0
+    ghosts = [ghost for layer in model.routed_layers() for ghost in layer.ghosts]
     for module in model.modules():
         size = _size(module)
         part = _part(module, model)
         total[part] += size
+        if any(module is ghost for ghost in ghosts):
+            continue
         if isinstance(module, GroupedExperts) and isinstance(channel, MoEChannelConfig):
             active_experts += size * channel.top_k / channel.experts
         elif part == "experts":

@@ -12,7 +12,7 @@ from torch import Tensor
 from sra_ds.moe.routing import Routing
 
 Facts = dict[str, Any]
-KINDS = ("routing", "halting", "memory_state", "penalties")
+KINDS = ("routing", "halting", "memory_state", "saturation", "penalties")
 
 
 class Halting(NamedTuple):
@@ -36,6 +36,8 @@ class Collected(NamedTuple):
     """One per layer that iterates, in order."""
     memory_states_HCC: list[Tensor]
     """One per layer with a persistent memory: its mean state after the windows, without gradient."""
+    saturations: list[Tensor]
+    """One per layer with ghosts: how little room its experts leave each other, without gradient."""
     penalties: dict[str, list[Tensor]]
     """Sums over real tokens that losses may add, with gradient, by name and in order of the layers."""
 
@@ -61,10 +63,15 @@ def collect(found: dict[str, Facts]) -> Collected:
         f"{where}/{name}": value
         for where, facts in found.items()
         for name, value in facts.items()
-        if name not in KINDS
+        if name == "saturation" or name not in KINDS
     }
     return Collected(
-        of_kind("routing"), measured, of_kind("halting"), of_kind("memory_state"), penalties
+        of_kind("routing"),
+        measured,
+        of_kind("halting"),
+        of_kind("memory_state"),
+        of_kind("saturation"),
+        penalties,
     )
 
 

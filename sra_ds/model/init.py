@@ -19,10 +19,12 @@ from sra_ds.config.model import CosineRouterConfig, RandomRouterConfig
 from sra_ds.model.channels.prime_masked import BlockLinear, MaskedLinear, SparseLinear
 from sra_ds.model.embeddings.prime_hilbert import PrimeHilbertEmbedding
 from sra_ds.model.embeddings.token import TokenEmbedding
+from sra_ds.model.expert_blocks import StackedBlocks
 from sra_ds.model.heads.pre_manifest import PreManifestHead
 from sra_ds.model.memories.fast import FastMemory
 from sra_ds.model.memories.static import StaticMemory
 from sra_ds.model.mixers.resonance import Resonance
+from sra_ds.moe.coupling import UNIT_WEIGHT, GraphRound, HypergraphRound
 from sra_ds.moe.experts import GroupedExperts, ResidualLinear, ZeroLinear
 from sra_ds.moe.routers import CosineRouter, LinearRouter, RandomRouter
 
@@ -146,6 +148,30 @@ def _experts(module: GroupedExperts, residual_std: float, seed: int, name: str) 
             bias.zero_()
 
 
+def _blocks(module: StackedBlocks, residual_std: float, seed: int, name: str) -> None:
+    for expert in module.expert_ids:
+        _normal(module.qkv_weight[expert], STD, seed, name, "qkv", expert)
+        _normal(module.out_weight[expert], residual_std, seed, name, "out", expert)
+    for bias in (module.qkv_bias, module.out_bias, module.norm_bias):
+        bias.zero_()
+    module.norm_scale.fill_(1.0)
+
+
+def _graph_round(module: GraphRound, residual_std: float, seed: int, name: str) -> None:
+    del residual_std, seed, name
+    module.edge_logit_EE.fill_(-2.0)
+
+
+def _hypergraph_round(module: HypergraphRound, residual_std: float, seed: int, name: str) -> None:
+    del residual_std
+    if module.raw_weight_M is not None:
+        module.raw_weight_M.fill_(UNIT_WEIGHT)
+    if module.config.incidence == "learned":
+        _normal(module.membership_EM, 1.0, seed, name, "membership")
+    else:
+        module.incidence_EM.copy_(module.make_incidence())
+
+
 INITIALISERS: dict[type[nn.Module], Callable[[Any, float, int, str], None]] = {
     nn.LayerNorm: _norm,
     nn.Linear: _linear,
@@ -157,6 +183,9 @@ INITIALISERS: dict[type[nn.Module], Callable[[Any, float, int, str], None]] = {
     FastMemory: _fast_memory,
     PreManifestHead: _pre_manifest,
     GroupedExperts: _experts,
+    StackedBlocks: _blocks,
+    GraphRound: _graph_round,
+    HypergraphRound: _hypergraph_round,
 }
 """Called with (module, standard deviation of what writes into the residual stream, seed, name)."""
 
@@ -167,6 +196,11 @@ def initialise_router(module: nn.Module, seed: int, name: str) -> None:
     if not isinstance(module, (CosineRouter, RandomRouter, LinearRouter)):
         return
     module.selection_bias_E.zero_()
+    if module.ghosts:
+        module.ghost_alpha_G.zero_()
+    for ghost in range(module.ghosts):  # of the size that rows of an orthogonal or linear map have
+        std = STD if isinstance(module, LinearRouter) else module.anchors.shape[1] ** -0.5
+        _normal(module.ghost_anchor(ghost), std, seed, name, "ghost", ghost)
     if isinstance(module, LinearRouter):
         _normal(module.weight, STD, seed, name)
         if module.bias is not None:

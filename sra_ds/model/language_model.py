@@ -31,6 +31,7 @@ class ModelOutput(NamedTuple):
     facts: dict[str, Tensor]
     haltings: list[Halting]
     memory_states_HCC: list[Tensor]
+    saturations: list[Tensor]
     penalties: dict[str, list[Tensor]]
     loss_sum: Tensor | None = None
     """Sum of -log p over the counted targets; like the next three, only with targets."""

@@ -53,7 +53,7 @@ def gate_factors(model: LanguageModel, units: int) -> Iterator[list[Tensor]]:
     routed layer, through which gradients flow."""
     device = next(model.parameters()).device
     factors = [
-        torch.ones(units, int(router.experts), device=device, requires_grad=True)
+        torch.ones(units, int(router.slots), device=device, requires_grad=True)
         for router in model.routers()
     ]
 

@@ -45,7 +45,7 @@ def routes_of_texts(loaded: LoadedRun, texts: Sequence[str]) -> tuple[Floats, Fl
     window is cut there; the mark that opens it is not counted."""
     length, end = loaded.recipe.data.sequence_length, end_of_text_id(loaded.tokenizer)
     rows = [[end, *loaded.tokenizer.encode(text).ids][:length] for text in texts]
-    experts = loaded.model.routers()[0].experts
+    experts = max(router.slots for router in loaded.model.routers())
     counts_XLE = np.zeros((len(rows), len(loaded.model.routers()), experts))
     device = next(loaded.model.parameters()).device
     for start in tqdm(range(0, len(rows), BATCH_TEXTS), "routing texts", leave=False):

@@ -17,9 +17,9 @@ def held_ranges(model: LanguageModel) -> dict[str, Range]:
     for layer_name, layer in model.named_modules():
         if isinstance(layer, MoELayer):
             held = layer.backend.experts
-            for name, _ in held.named_parameters():  # type: ignore[union-attr]
+            for name, _ in held.named_parameters():
                 path = f"{layer_name}.backend.experts.{name}"
                 shape = (layer.config.experts, *ranges[path].shape[1:])
-                size, ids = math.prod(shape[1:]), held.expert_ids  # type: ignore[union-attr]
-                ranges[path] = Range(shape, ids.start * size, ids.stop * size)  # type: ignore[union-attr]
+                size, ids = math.prod(shape[1:]), held.expert_ids
+                ranges[path] = Range(shape, ids.start * size, ids.stop * size)
     return ranges

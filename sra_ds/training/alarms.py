@@ -65,6 +65,11 @@ class Alarm(NamedTuple):
         """What tells it from others that are active."""
         return self.kind, self.figure, self.layer
 
+    @property
+    def record(self) -> str:
+        """Its key in the line of metrics."""
+        return "alarm"
+
     def line(self) -> str:
         """For the person watching."""
         value = f"{self.figure} {self.value:.4g}"

@@ -18,6 +18,20 @@ from sra_ds.model.memories.fast import write_memories
 from sra_ds.moe.routing import Routing
 
 
+class Event(Protocol):
+    """Something to be told of a step: a line of metrics of its own, and one for the person watching."""
+
+    @property
+    def record(self) -> str:
+        """Its key in the line of metrics."""
+
+    def _asdict(self) -> dict[str, Any]:
+        """What the line holds."""
+
+    def line(self) -> str:
+        """For the person watching."""
+
+
 class Intervention(NamedTuple):
     """Something a controller changed because of what it saw, and not by schedule. One list entry per
     expert."""
@@ -30,6 +44,11 @@ class Intervention(NamedTuple):
     before: list[float]
     """`raise_floor`: selection bias; `reseed_dead_anchors`: mean cosine of the anchor with the tokens."""
     after: list[float]
+
+    @property
+    def record(self) -> str:
+        """Its key in the line of metrics."""
+        return "remedy"
 
     def line(self) -> str:
         """For the person watching."""
@@ -44,6 +63,8 @@ class Seen(NamedTuple):
     """One per routed layer, of the last micro-batch with the loads of all."""
     memory_states_HCC: Sequence[Tensor] = ()
     """One per layer with a persistent memory."""
+    saturations: Sequence[Tensor] = ()
+    """One per layer with ghosts, the mean of the step."""
 
 
 class Controller(Protocol):
@@ -52,7 +73,7 @@ class Controller(Protocol):
     def on_step_start(self, step: int) -> None:
         """Set what step `step` (from 0) uses."""
 
-    def on_step_end(self, step: int, seen: Seen) -> Sequence[Intervention]:
+    def on_step_end(self, step: int, seen: Seen) -> Sequence[Event]:
         """Learn from the finished step. What is to be told of it."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -90,7 +111,7 @@ class TopKSchedule:
         reached = [int(k) for at, k in self.knots if at * self.steps <= step]
         set_top_k(self.routers, reached[-1])
 
-    def on_step_end(self, step: int, seen: Seen) -> Sequence[Intervention]:
+    def on_step_end(self, step: int, seen: Seen) -> Sequence[Event]:
         del step, seen
         return ()
 
@@ -113,7 +134,7 @@ class TemperatureSchedule:
         for router in self.routers:
             router.temperature.fill_(interpolate(self.knots, step / self.steps))
 
-    def on_step_end(self, step: int, seen: Seen) -> Sequence[Intervention]:
+    def on_step_end(self, step: int, seen: Seen) -> Sequence[Event]:
         del step, seen
         return ()
 
@@ -133,7 +154,7 @@ class SelectionBias:
     def on_step_start(self, step: int) -> None:
         del step
 
-    def on_step_end(self, step: int, seen: Seen) -> Sequence[Intervention]:
+    def on_step_end(self, step: int, seen: Seen) -> Sequence[Event]:
         del step
         for router, routing in zip(self.routers, seen.routings, strict=True):
             error_E = routing.load_E.mean() - routing.load_E
@@ -156,7 +177,7 @@ class MemoryWriter:
     def on_step_start(self, step: int) -> None:
         del step
 
-    def on_step_end(self, step: int, seen: Seen) -> Sequence[Intervention]:
+    def on_step_end(self, step: int, seen: Seen) -> Sequence[Event]:
         del step
         write_memories(self.memories, seen.memory_states_HCC)
         return ()

@@ -1,5 +1,7 @@
 """The one place where DeepSpeed takes over the model."""
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import deepspeed
@@ -26,24 +28,46 @@ from sra_ds.model.decay import decays
 from sra_ds.model.language_model import LanguageModel
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: LanguageModel, weight_decay: float) -> list[dict[str, Any]]:
     """Every trainable parameter once, with decay and without (`sra_ds.model.decay`); experts that are
-    spread over processes in groups of their own, as DeepSpeed wants them."""
+    spread over processes in groups of their own, as DeepSpeed wants them, and so each ghost, which has a
+    learning rate of its own and no decay."""
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
+    ghosts = ghost_groups(model)
+    theirs = {id(parameter) for group in ghosts for parameter in group["params"]}
     for path, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and id(parameter) not in theirs:
             owner, _, name = path.rpartition(".")
             (decayed if decays(model.get_submodule(owner), name) else plain).append(parameter)
     groups = [
         {"name": "decayed", "params": decayed, "weight_decay": weight_decay},
         {"name": "plain", "params": plain, "weight_decay": 0.0},
+        *ghosts,
     ]
     groups = split_params_into_different_moe_groups_for_optimizer(groups)
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+def ghost_groups(model: LanguageModel) -> list[dict[str, Any]]:
+    """A group for each ghost, named by its layer and number."""
+    return [
+        {
+            "name": ghost_group(number, ghost),
+            "params": [p for p in layer.ghost_parameters(ghost) if p.requires_grad],
+            "weight_decay": 0.0,
+        }
+        for number, layer in enumerate(model.routed_layers())
+        for ghost in range(len(layer.ghosts))
+    ]
+
+
+def ghost_group(layer: int, ghost: int) -> str:
+    """Name of the group of a ghost."""
+    return f"ghost {layer}.{ghost}"
+
+
+def build_optimizer(model: LanguageModel, recipe: Recipe) -> torch.optim.Optimizer:
     """The recipe's optimizer; AdamW runs fused, on the CPU too."""
     config = recipe.training.optimizer
     groups = parameter_groups(model, config.weight_decay)
@@ -101,6 +125,19 @@ def write_parameter(parameter: nn.Parameter, value: Tensor) -> None:
     stop = share * (parameter.ds_zero_partition_rank + 1)  # type: ignore[attr-defined]
     padded = pad(value.flatten(), (0, stop - value.numel()))  # the last shares may be padding
     safe_set_local_fp32_param(parameter, padded[-share:])
+
+
+def set_group_learning_rate(engine: Any, name: str, value: float) -> None:
+    """For the parameter group of this name."""
+    for group in engine.optimizer.param_groups:
+        if group.get("name") == name:
+            group["lr"] = value
+
+
+def gathered(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+    """Within it these are whole on every process, to be read; at any stage. Collective."""
+    context: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(list(parameters))
+    return context
 
 
 @torch.no_grad()

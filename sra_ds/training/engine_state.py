@@ -109,6 +109,16 @@ def forget_rows(engine: Any, parameter: nn.Parameter, rows: Sequence[int]) -> No
                     held[max(0, first) : max(0, first + width)].zero_()
 
 
+def forget(engine: Any, parameters: Sequence[nn.Parameter]) -> None:
+    """Zero everything the optimizer remembers of these parameters, at any stage, and the count of their
+    steps: they share it with no others. Each process clears the part it holds."""
+    for parameter in parameters:
+        for piece in _pieces(engine, parameter):
+            for state in _torch_optimizer(engine).state.get(piece.flat, {}).values():
+                if state is not None:
+                    (piece.of(state) if piece.resembles(state) else state).zero_()
+
+
 def _pieces(engine: Any, parameter: nn.Parameter) -> Iterator[Piece]:
     """Where the optimizer keeps a parameter; nothing if this process steps none of it."""
     stage, zero = engine.zero_optimization_stage(), engine.optimizer

@@ -11,11 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from sra_ds.config.model import HashRouterConfig, MoEChannelConfig
 from sra_ds.config.training import WINDOW_TOKENS
 from sra_ds.data.loader import Batch
-from sra_ds.metrics import DEAD_SHARE, layers_summary, load_histogram, load_summary
+from sra_ds.metrics import (
+    DEAD_SHARE,
+    layers_summary,
+    load_histogram,
+    load_summary,
+    stacked_loads,
+)
 from sra_ds.model.language_model import LanguageModel, ModelOutput
 from sra_ds.moe.routing import Routing
 from sra_ds.training.alarms import Alarm, Key, judge, rules
@@ -35,13 +42,17 @@ class RecentLoad:
         self.window_tokens = window_tokens
         self.tokens = 0
         self.load_LE: Tensor | None = None
+        self.slots_L: list[int] = []
         self._buckets: deque[tuple[int, Tensor]] = deque()
 
     def add(self, routings: Sequence[Routing], tokens: int) -> None:
         """One micro-batch of `tokens` valid tokens over all ranks."""
         if not routings:
             return
-        load_LE = torch.stack([r.load_E for r in routings]).detach().double().cpu()
+        load_LE = stacked_loads([r.load_E for r in routings])
+        self.slots_L = [len(r.load_E) for r in routings]
+        if self.load_LE is not None and self.load_LE.shape[1] < load_LE.shape[1]:
+            self._widen(load_LE.shape[1])  # a ghost woke
         if self._buckets and self._buckets[-1][0] + tokens <= self.window_tokens // BUCKETS:
             last_tokens, last_LE = self._buckets.pop()
             self._buckets.append((last_tokens + tokens, last_LE + load_LE))
@@ -54,12 +65,29 @@ class RecentLoad:
             self.tokens -= old_tokens
             self.load_LE = self.load_LE - old_LE
 
+    def _widen(self, slots: int) -> None:
+        """Room for experts that had no routes so far."""
+        assert self.load_LE is not None
+        more = slots - self.load_LE.shape[1]
+        self.load_LE = pad(self.load_LE, (0, more))
+        self._buckets = deque(
+            (tokens, pad(load_LE, (0, more))) for tokens, load_LE in self._buckets
+        )
+
     def dead_experts(self) -> list[list[int]]:
         """Experts of each layer with fewer than 1e-4 of the window's routes."""
         if self.load_LE is None:
             return []
         dead_LE = self.load_LE < DEAD_SHARE * self.load_LE.sum(-1, keepdim=True)
-        return [dead_E.nonzero().flatten().tolist() for dead_E in dead_LE]
+        return [
+            dead_E[:slots].nonzero().flatten().tolist()
+            for dead_E, slots in zip(dead_LE, self._slots(), strict=True)
+        ]
+
+    def _slots(self) -> list[int]:
+        """How many experts of each layer could be chosen last."""
+        assert self.load_LE is not None
+        return self.slots_L or [self.load_LE.shape[1]] * len(self.load_LE)
 
     def state_dict(self) -> list[Any]:
         """The buckets as plain JSON values."""
@@ -79,7 +107,7 @@ class RecentLoad:
         than 1e-4 of the routes). None for a dense model."""
         if self.load_LE is None:
             return None
-        found = layers_summary(self.load_LE, self.tokens)
+        found = layers_summary(self.load_LE, self.tokens, self._slots())
         return {"window_tokens": self.tokens, "dead": found["dead_by_routes"], **found}
 
 

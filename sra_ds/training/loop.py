@@ -28,10 +28,9 @@ from sra_ds.model.facts import Halting
 from sra_ds.moe.routing import Routing
 from sra_ds.storage import checkpoint
 from sra_ds.storage.run_dir import RunDir, read_json
-from sra_ds.training.alarms import Alarm
 from sra_ds.training.controllers import (
     Controller,
-    Intervention,
+    Event,
     Seen,
     current_top_k,
     learning_rate,
@@ -146,10 +145,10 @@ class Trainer:
         for controller in self.controllers.values():
             controller.on_step_start(self.step)
         facts = self._optimize()
-        interventions = [
-            intervention
+        events = [
+            event
             for controller in self.controllers.values()
-            for intervention in controller.on_step_end(self.step, facts.seen)
+            for event in controller.on_step_end(self.step, facts.seen)
         ]
         targets = self.feed.targets(self.step)
         self.step, self.tokens = self.step + 1, self.tokens + targets
@@ -157,7 +156,7 @@ class Trainer:
             give_back_freed_memory()
         elapsed = time.perf_counter() - start
         self.seconds += elapsed
-        self._tell(log, facts, rate, targets / elapsed, interventions)
+        self._tell(log, facts, rate, targets / elapsed, events)
 
     def _tell(
         self,
@@ -165,9 +164,9 @@ class Trainer:
         facts: StepFacts,
         rate: float,
         speed: float,
-        interventions: list[Intervention],
+        events: list[Event],
     ) -> None:
-        """The finished step: its line when due, with alarms; every intervention; the progress bar."""
+        """The finished step: its line when due, with alarms; every event; the progress bar."""
         line = {
             "step": self.step,
             "tokens": self.tokens,
@@ -186,8 +185,8 @@ class Trainer:
             "tok/s": f"{speed:,.0f}",
             "mfu": f"{line['mfu']:.0%}",
         }
-        for intervention in interventions:
-            self._tell_event(log, "remedy", intervention)
+        for event in events:
+            self._tell_event(log, event)
         last = self.step == self.recipe.training.steps
         if self.step % self.recipe.logging.every == 0 or last:
             experts = self.health.facts(facts.seen.routings)
@@ -195,11 +194,11 @@ class Trainer:
                 line["halting"] = [halting_summary(*halting) for halting in facts.haltings]
             log.record({**line, **experts})
             for alarm in self.health.alarms(experts.get("layers", [])):
-                self._tell_event(log, "alarm", alarm)
+                self._tell_event(log, alarm)
         log.advance({**shown, **self.health.shown()})
 
-    def _tell_event(self, log: RunLog, kind: str, event: Intervention | Alarm) -> None:
-        log.record({"step": self.step, kind: event._asdict()})
+    def _tell_event(self, log: RunLog, event: Event) -> None:
+        log.record({"step": self.step, event.record: event._asdict()})
         log.say(f"step {self.step}: {event.line()}")
 
     def _optimize(self) -> StepFacts:
@@ -228,13 +227,21 @@ class Trainer:
                 tokens = float(routings[0].valid_count) * self.batches.world_size
                 self.health.recent.add(routings, round(tokens))
             states = [own / self.batches.accumulation for own in output.memory_states_HCC]
-            seen = Seen(_add_loads(seen.routings, routings), _add(seen.memory_states_HCC, states))
+            found_L = [own / self.batches.accumulation for own in output.saturations]
+            seen = Seen(
+                _add_loads(seen.routings, routings),
+                _add(seen.memory_states_HCC, states),
+                _add(seen.saturations, found_L),
+            )
         assert output is not None
         norm = float(self.engine.get_global_grad_norm() or 0.0) if norm is None else norm
         self._require_finite(norm, "gradient norm")
         facts = {name: float(value) for name, value in output.facts.items()}
         terms_only = {k: v for k, v in means.items() if k not in ("loss", "cross_entropy")}
-        seen = seen._replace(memory_states_HCC=[mean_over_ranks(s) for s in seen.memory_states_HCC])
+        seen = seen._replace(
+            memory_states_HCC=[mean_over_ranks(s) for s in seen.memory_states_HCC],
+            saturations=[mean_over_ranks(s) for s in seen.saturations],
+        )
         return StepFacts(
             means["loss"],
             means["cross_entropy"],

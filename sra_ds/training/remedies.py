@@ -8,7 +8,7 @@ next, and nothing is done to an expert more than once a window. All is decided b
 processes, the seed and the step, hence the same on each of them and after a resume.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from sra_ds.data.loader import Batch
 from sra_ds.metrics import DEAD_SHARE
 from sra_ds.model.init import generator
 from sra_ds.training.anchors import router_inputs
-from sra_ds.training.controllers import Controller, Intervention, Seen
+from sra_ds.training.controllers import Controller, Event, Intervention, Seen
 from sra_ds.training.engine import read_parameter, write_parameter
 from sra_ds.training.engine_state import forget_rows
 
@@ -44,7 +44,7 @@ class Remedies:
     def on_step_start(self, step: int) -> None:
         del step
 
-    def on_step_end(self, step: int, seen: Seen) -> list[Intervention]:
+    def on_step_end(self, step: int, seen: Seen) -> Sequence[Event]:
         """Count the step; at the end of a window do what it calls for. Collective then."""
         load_LE = torch.stack([routing.load_E for routing in seen.routings]).double().cpu()
         self.tokens += float(load_LE[0].sum()) / seen.routings[0].expert_ids_TK.shape[1]

@@ -13,6 +13,10 @@ Builder = Callable[..., Recipe]
 VOCABULARY, WIDTH, LAYERS, EXPERTS, TOP_K, HIDDEN = 257, 32, 2, 4, 2, 16
 GELU = 2 * WIDTH * HIDDEN + HIDDEN + WIDTH
 SWIGLU = 3 * WIDTH * HIDDEN
+RANK = 4
+GRAPH = EXPERTS**2 + (WIDTH + 1) + WIDTH + 3 * WIDTH * RANK
+HYPERGRAPH = 2 * WIDTH * RANK
+BLOCK = 4 * WIDTH * WIDTH + 4 * WIDTH + 2 * WIDTH + GELU
 LIVE = sum((i - j) % 3 == 0 or (i - j) % 5 == 0 for i in range(HIDDEN) for j in range(WIDTH))
 FEED_FORWARDS = {
     "moe-cosine": (EXPERTS * GELU, TOP_K * GELU, EXPERTS * WIDTH + 1),
@@ -23,6 +27,23 @@ FEED_FORWARDS = {
         (EXPERTS + 1) * SWIGLU,
         (TOP_K + 1) * SWIGLU,
         EXPERTS * WIDTH + EXPERTS,
+    ),
+    "moe-gnn": (EXPERTS * GELU + 2 * GRAPH, 3 * GELU + 2 * GRAPH, EXPERTS * WIDTH),
+    "moe-hgnn": (
+        EXPERTS * GELU + 2 * (HYPERGRAPH + 6 + 6 * WIDTH),
+        3 * GELU + 2 * (HYPERGRAPH + 6 + 6 * WIDTH),
+        EXPERTS * WIDTH + 1,
+    ),
+    "moe-learned-hyperedges": (
+        (EXPERTS + 1) * GELU + HYPERGRAPH + 6 + 6 * EXPERTS,
+        (TOP_K + 1) * GELU + HYPERGRAPH + 6 + 6 * EXPERTS,
+        EXPERTS * WIDTH + 1,
+    ),
+    "moe-block": (EXPERTS * BLOCK + 2 * GRAPH, EXPERTS * BLOCK + 2 * GRAPH, EXPERTS * WIDTH + 1),
+    "moe-ghost": (
+        (EXPERTS + 1) * GELU + HYPERGRAPH + 6,
+        TOP_K * GELU + HYPERGRAPH + 6,
+        (EXPERTS + 1) * WIDTH + 1,
     ),
     "resonance": (2 * LIVE + HIDDEN + WIDTH, 2 * LIVE + HIDDEN + WIDTH, 0),
     "resonance-moe": (EXPERTS * GELU, TOP_K * GELU, EXPERTS * WIDTH + 1),

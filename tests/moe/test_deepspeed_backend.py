@@ -22,7 +22,7 @@ from references import assert_same, assert_steered_alike, gradients, leaves, ran
 from sra_ds.config.model import MoEChannelConfig
 from sra_ds.moe.backends.deepspeed import DeepSpeedBackend
 from sra_ds.moe.backends.local import LocalBackend
-from sra_ds.moe.layer import MoELayer
+from sra_ds.moe.layer import Given, MoELayer
 from sra_ds.moe.placement import WHOLE, Placement
 from sra_ds.moe.routing import Routing
 
@@ -161,7 +161,8 @@ def test_a_placed_layer_takes_the_step_local_takes(recompute: bool) -> None:
     placed.load_state_dict(local.state_dict())
     x_TD, weights_TD = torch.randn(2, 21, WIDTH)
     for layer in (local, placed):
-        out_TD, routing = layer(x_TD, recompute=recompute)
+        out_TD, facts = layer(x_TD, Given(recompute=recompute))
+        routing = facts["routing"]
         ((out_TD * weights_TD).sum() + routing.mean_probs_E.square().sum()).backward()
         torch.optim.SGD(layer.parameters(), lr=0.1).step()
     assert_same(placed.state_dict(), local.state_dict(), TOLERANCE)

@@ -47,7 +47,8 @@ def compare(rank: int, world: int, top_k: int) -> dict[str, float]:
     tokens_TD = torch.randn(63 * world, WIDTH, generator=torch.Generator().manual_seed(0))
     part = slice(63 * rank, 63 * (rank + 1))
     x_TD, y_TD = leaves(*[tokens_TD[part].clone()] * 2)
-    ours_TD, routing = local(x_TD)
+    ours_TD, facts = local(x_TD)
+    routing = facts["routing"]
     theirs_TD, balance, load_E = native(y_TD)
     weights_TD = torch.randn(63, WIDTH, generator=torch.Generator().manual_seed(1))
     (ours_TD * weights_TD).sum().backward()

@@ -17,7 +17,7 @@ from references import (
     unstack,
 )
 from sra_ds.config.model import FeedForwardConfig, MoEChannelConfig
-from sra_ds.moe.layer import MoELayer
+from sra_ds.moe.layer import Given, MoELayer
 from sra_ds.moe.routing import Routing
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -59,7 +59,8 @@ def run(layer: MoELayer, x_TD: Tensor, ids_T: Tensor, weights_TD: Tensor, **opti
     """Forward and backward; (out_TD, routing, gradients by name)."""
     layer.zero_grad(set_to_none=True)
     (x_TD,) = leaves(x_TD)
-    out_TD, routing = layer(x_TD, None, ids_T, **options)
+    out_TD, facts = layer(x_TD, Given(token_ids_T=ids_T, **options))
+    routing = facts["routing"]
     (out_TD * weights_TD).sum().backward()
     return out_TD.detach(), routing, {**gradients(layer), "x": x_TD.grad}
 
@@ -124,7 +125,7 @@ def test_layer_equals_the_loop_under_extreme_load(
     layer = layer_of(dtype, expert=expert, top_k=1)
     layer.router.selection_bias_E[2] = favour
     compare_with_loop(layer, expert, 63, dtype)
-    _, routing = layer(inputs(63, dtype)[0])
+    routing = layer(inputs(63, dtype)[0])[1]["routing"]
     assert routing.load_E[2] == full
 
 

@@ -25,7 +25,7 @@ from sra_ds.model.language_model import build_model
 from sra_ds.moe.backends import megablocks
 from sra_ds.moe.backends.local import LocalBackend
 from sra_ds.moe.backends.megablocks import MegaBlocksBackend, load_library
-from sra_ds.moe.layer import MoELayer
+from sra_ds.moe.layer import Given, MoELayer
 from sra_ds.moe.placement import WHOLE, Placement
 from sra_ds.moe.routing import Routing
 
@@ -185,7 +185,8 @@ def test_a_placed_layer_takes_the_step_local_takes(device: str, recompute: bool)
     placed.load_state_dict(local.state_dict())
     x_TD, weights_TD = torch.randn(2, 21, WIDTH)
     for layer in (local, placed):
-        out_TD, routing = layer(x_TD, recompute=recompute)
+        out_TD, facts = layer(x_TD, Given(recompute=recompute))
+        routing = facts["routing"]
         ((out_TD * weights_TD).sum() + routing.mean_probs_E.square().sum()).backward()
         torch.optim.SGD(layer.parameters(), lr=0.1).step()
     assert_same(placed.state_dict(), local.state_dict(), TOLERANCE)

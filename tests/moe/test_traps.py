@@ -24,7 +24,7 @@ from sra_ds.losses import auxiliary_losses, balance_loss, dispersion_loss, total
 from sra_ds.metrics import dead_experts
 from sra_ds.model.counting import count_parameters
 from sra_ds.model.language_model import LanguageModel, build_model
-from sra_ds.moe.layer import MoELayer
+from sra_ds.moe.layer import Given, MoELayer
 from sra_ds.moe.routers import CosineRouter
 from sra_ds.moe.routing import Routing, route
 from sra_ds.ops.cosine_route import cosine_scores, normalized
@@ -199,7 +199,8 @@ def test_trap_v1_5_routers_and_experts_read_the_channel_norm_output(
         block.channel_norm.register_forward_hook(lambda m, a, out: seen["norm"].append(out))
         moe = block.channel.moe
         moe.router.register_forward_pre_hook(lambda m, a: seen["router"].append(a[0]))
-        moe.backend.register_forward_pre_hook(lambda m, a: seen["backend"].append(a[0]))
+        reader = moe if moe.config.opened else moe.backend  # which reads routes by another method
+        reader.register_forward_pre_hook(lambda m, a: seen["backend"].append(a[0]))
     model(batch()[0])
     assert len(seen["norm"]) == len(seen["router"]) == len(model.blocks)
     for norm_BTD, router_TD, backend_TD in zip(*seen.values(), strict=True):
@@ -287,7 +288,7 @@ def check_calls(kind: str, products: int, router: str, monkeypatch: pytest.Monke
                 patch.setattr(Tensor, reader, refuse)
             products_run.clear()
             with Calls() as calls:
-                out_TD, _ = layer(x_TD, None, ids_T)
+                out_TD, _ = layer(x_TD, Given(token_ids_T=ids_T))
             assert len(products_run) == products
             with Calls() as backward_calls:
                 out_TD.backward(weights_TD)

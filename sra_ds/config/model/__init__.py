@@ -9,9 +9,16 @@ from sra_ds.config.model.channels import (
     DenseChannelConfig,
     FeedForwardConfig,
     GeluConfig,
+    GhostsConfig,
     MoEChannelConfig,
     PrimeMaskedChannelConfig,
     SwigluConfig,
+)
+from sra_ds.config.model.couplings import (
+    CouplingConfig,
+    GraphCouplingConfig,
+    HypergraphCouplingConfig,
+    NoCouplingConfig,
 )
 from sra_ds.config.model.embeddings import (
     EmbeddingConfig,
@@ -43,6 +50,7 @@ __all__ = [
     "AttentionConfig",
     "ChannelConfig",
     "CosineRouterConfig",
+    "CouplingConfig",
     "DenseChannelConfig",
     "EmbeddingConfig",
     "FastMemoryConfig",
@@ -50,14 +58,18 @@ __all__ = [
     "FeedForwardConfig",
     "GateForm",
     "GeluConfig",
+    "GhostsConfig",
+    "GraphCouplingConfig",
     "HashRouterConfig",
     "HeadConfig",
     "HeadsConfig",
+    "HypergraphCouplingConfig",
     "LinearRouterConfig",
     "MemoryConfig",
     "MixerConfig",
     "MoEChannelConfig",
     "ModelConfig",
+    "NoCouplingConfig",
     "NoMemoryConfig",
     "PersistentMemoryConfig",
     "PreManifestHeadConfig",
@@ -100,4 +112,9 @@ class ModelConfig(Part):
             ):
                 if size % 8:
                     raise ValueError(f"{name}={size} must be a multiple of 8 for grouped products")
+            heads = self.channel.expert_heads
+            if self.channel.expert_kind == "block" and self.width % (2 * heads):
+                raise ValueError(
+                    f"width={self.width} must be a multiple of 2 x channel.expert_heads={2 * heads}"
+                )
         return self

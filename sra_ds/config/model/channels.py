@@ -5,8 +5,14 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from sra_ds.config.base import BY_KIND, Part, by_name
+from sra_ds.config.model.couplings import (
+    MAX_HYPEREDGES,
+    CouplingConfig,
+    HypergraphCouplingConfig,
+    NoCouplingConfig,
+)
 from sra_ds.config.model.primes import DistinctPrimes
-from sra_ds.config.model.routers import AnyRouterConfig, CosineRouterConfig
+from sra_ds.config.model.routers import AnyRouterConfig, CosineRouterConfig, HashRouterConfig
 
 
 class GeluConfig(Part):
@@ -40,14 +46,33 @@ class DenseChannelConfig(Part):
     feed_forward: FeedForwardConfig
 
 
+class GhostsConfig(Part):
+    """Experts that are there from the start and chosen only once `training.ghosts` woke them."""
+
+    count: int = Field(0, ge=0)
+    """Ghosts of each layer; 0: none."""
+    background: bool = False
+    """The next ghost to wake learns meanwhile what the experts leave of their block's update."""
+
+
 class MoEChannelConfig(Part):
-    """Routed experts: each token goes to `top_k` of `experts` feed-forward networks."""
+    """Routed experts: each token goes to `top_k` of `experts` networks."""
 
     kind: Literal["moe"] = "moe"
     experts: int = Field(ge=1)
     top_k: int = Field(2, ge=1)
     """Experts per token at the end of training; `training.top_k_schedule` may start lower."""
     expert: FeedForwardConfig
+    expert_kind: Literal["ffn", "block"] = "ffn"
+    """`ffn`: an expert is a feed-forward network. `block`: attention and that network; all of them run on
+    every token (top_k = experts), weighed by their gates."""
+    expert_heads: int = Field(4, ge=1)
+    """Attention heads of each expert with expert_kind=block."""
+    coupling: CouplingConfig = NoCouplingConfig()
+    """How the experts of a token hear each other before their outputs are added up."""
+    compare_outputs: bool = False
+    """Measure how alike the outputs of a token's experts are, for `losses.orthogonality_weight`."""
+    ghosts: GhostsConfig = GhostsConfig()
     shared_expert: FeedForwardConfig | None = None
     """A feed-forward network every token passes besides its routed experts."""
     router: AnyRouterConfig = CosineRouterConfig()
@@ -61,7 +86,80 @@ class MoEChannelConfig(Part):
     def _enough_experts(self) -> "MoEChannelConfig":
         if self.top_k > self.experts:
             raise ValueError(f"top_k={self.top_k} exceeds experts={self.experts}")
+        if self.compare_outputs and self.top_k == 1:
+            raise ValueError("compare_outputs needs top_k of at least 2: outputs to compare")
         return self
+
+    @model_validator(mode="after")
+    def _outputs_are_there(self) -> "MoEChannelConfig":
+        asked = {
+            "coupling": self.coupling.kind != "none",
+            "compare_outputs": self.compare_outputs,
+            "ghosts.count": self.ghosts.count > 0,
+            "expert_kind=block": self.expert_kind == "block",
+        }
+        for name, wanted in asked.items():
+            if wanted and self.backend != "local":
+                raise ValueError(
+                    f"{name} needs the output of every route, but backend={self.backend} may add them up "
+                    "inside: use backend=local"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _hyperedges_fit(self) -> "MoEChannelConfig":
+        coupling = self.coupling
+        if not isinstance(coupling, HypergraphCouplingConfig):
+            return self
+        count = len(coupling.sets(self.experts))
+        if count > MAX_HYPEREDGES:
+            raise ValueError(
+                f"coupling.incidence={coupling.incidence} of {self.experts} experts makes {count} "
+                f"hyperedges, more than {MAX_HYPEREDGES}: use incidence=learned"
+            )
+        if coupling.incidence == "learned" and coupling.members > self.experts:
+            raise ValueError(f"coupling.members={coupling.members} exceeds experts={self.experts}")
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_all_run(self) -> "MoEChannelConfig":
+        if self.expert_kind == "ffn":
+            if self.expert_heads != MoEChannelConfig.model_fields["expert_heads"].default:
+                raise ValueError("expert_heads has no effect without expert_kind=block")
+            return self
+        if self.top_k != self.experts:
+            raise ValueError(
+                f"expert_kind=block runs all experts: top_k={self.top_k} must be experts={self.experts}"
+            )
+        if self.ghosts.count:
+            raise ValueError(
+                "ghosts need expert_kind=ffn: nothing is chosen among blocks, so a ghost would have no "
+                "place to take"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ghosts_can_be_chosen(self) -> "MoEChannelConfig":
+        if not self.ghosts.count:
+            if self.ghosts.background:
+                raise ValueError("ghosts.background has no effect without ghosts.count")
+            return self
+        router = self.router
+        if isinstance(router, HashRouterConfig):
+            raise ValueError("ghosts need a router with scores, not router.kind=hash")
+        if isinstance(router, CosineRouterConfig) and router.temperature == "per_expert":
+            raise ValueError(
+                "ghosts need one temperature for all experts, not temperature=per_expert"
+            )
+        if self.top_k < 2:
+            raise ValueError("ghosts need top_k of at least 2: outputs to compare")
+        return self
+
+    @property
+    def opened(self) -> bool:
+        """Whether the layer needs the output of every route, and not their sum alone."""
+        looked_at = self.compare_outputs or self.ghosts.count > 0 or self.coupling.kind != "none"
+        return looked_at or self.expert_kind == "block"
 
 
 class PrimeMaskedChannelConfig(Part):

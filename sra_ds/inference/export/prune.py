@@ -37,6 +37,14 @@ def prune(loaded: LoadedRun, which: str, out: Path) -> dict[str, Any]:
         raise ConfigError(
             "experts of a hash router cannot go: every token would change its experts"
         )
+    for part, there in (
+        (f"coupling={channel.coupling.kind}", channel.coupling.kind != "none"),
+        (f"ghosts.count={channel.ghosts.count}", channel.ghosts.count > 0),
+    ):
+        if there:
+            raise ConfigError(
+                f"experts of layers with model.channel.{part} cannot go: others know them by number"
+            )
     gone, spared = choose(loaded, which)
     kept = [[e for e in range(channel.experts) if e not in own] for own in gone]
     left = len(kept[0])

@@ -30,11 +30,11 @@ def row_names(state: State, recipe: Recipe, layer: int) -> dict[str, str]:
     names = {}
     for name in state:
         short = name.removeprefix(prefix).removeprefix("backend.")
-        shared = short == "router.temperature" and not own
+        shared = (short == "router.temperature" and not own) or short.startswith("router.ghost")
         if name.startswith(prefix) and short.startswith(("experts.", "router.")) and not shared:
             names[short] = name
     for name in names.values():
-        if len(state[name]) != channel.experts:
+        if len(state[name]) < channel.experts:  # behind them may be the bias of ghosts
             raise ConfigError(
                 f"{name} has not one row for each of the {channel.experts} experts; experts of a "
                 f"{router.kind} router cannot be taken apart"

@@ -27,10 +27,12 @@ from sra_ds.config.model import (
     CosineRouterConfig,
     DenseChannelConfig,
     GeluConfig,
+    GhostsConfig,
     HashRouterConfig,
     LinearRouterConfig,
     ModelConfig,
     MoEChannelConfig,
+    NoCouplingConfig,
     NoMemoryConfig,
     RandomRouterConfig,
     SwigluConfig,
@@ -42,6 +44,8 @@ from sra_ds.errors import ConfigError
 from sra_ds.inference.load import LoadedRun
 from sra_ds.storage.run_dir import RunDir, complete_or_absent
 
+UNTOLD = {"backend", "expert_kind", "expert_heads", "coupling", "compare_outputs", "ghosts"}
+"""Settings of a channel that say nothing of an exported model."""
 SOURCES = ("configuration_sra.py", "modeling_sra.py")
 ROUTER = "kind gate noise"
 KNOWN: dict[Any, set[str]] = {
@@ -52,7 +56,10 @@ KNOWN: dict[Any, set[str]] = {
         TokenEmbeddingConfig: "kind dropout",
         AttentionConfig: "kind heads rope_theta dropout",
         DenseChannelConfig: "kind feed_forward",
-        MoEChannelConfig: "kind experts top_k expert shared_expert router backend",
+        MoEChannelConfig: "kind experts top_k expert shared_expert router backend "
+        "expert_kind expert_heads coupling compare_outputs ghosts",
+        NoCouplingConfig: "kind",
+        GhostsConfig: "count background",
         GeluConfig: "kind hidden bias dropout",
         SwigluConfig: "kind hidden dropout",
         CosineRouterConfig: f"{ROUTER} temperature initial_temperature anchors",
@@ -63,6 +70,8 @@ KNOWN: dict[Any, set[str]] = {
     }.items()
 }
 """Parts and settings that `modeling_sra.py` computes, or that have no effect on what a model computes."""
+ABSENT = {"expert_kind": "ffn", "count": 0}
+"""The one value it knows of these."""
 
 
 def export_hf(loaded: LoadedRun, out: Path) -> dict[str, Any]:
@@ -102,7 +111,8 @@ def require_known(part: Part, path: str) -> None:
             f"{path}: a model with {kind} parts cannot be exported to transformers yet"
         )
     for name in type(part).model_fields:
-        if name not in fields:
+        known = name in fields and getattr(part, name) == ABSENT.get(name, getattr(part, name))
+        if not known:
             raise ConfigError(
                 f"{path}.{name}: models with it cannot be exported to transformers yet"
             )
@@ -126,7 +136,7 @@ def model_config(loaded: LoadedRun) -> dict[str, Any]:
     """`config.json`."""
     model, end = loaded.recipe.model, end_of_text_id(loaded.tokenizer)
     assert isinstance(model.mixer, AttentionConfig)  # or `require_known` had refused it
-    channel = model.channel.model_dump(mode="json", exclude={"backend"})
+    channel = model.channel.model_dump(mode="json", exclude=UNTOLD)
     if loaded.model.routers():
         channel["top_k"] = loaded.model.routers()[0].top_k
     return {
