@@ -3,8 +3,8 @@
     defaults < recipe that `extends` names < recipe file < overrides
 
 `model.moe.mode` in a layer stands for a few keys, those of a file in `recipes/modes`, below the layer's
-own. Layers merge key by key; a part whose `kind` changes is replaced whole, since the keys of one kind mean
-nothing to another; a corpus keeps what all sources share.
+own. Layers merge key by key; a part whose `kind` changes is replaced whole, since the keys of one kind
+mean nothing to another; a corpus keeps what all sources share.
 """
 
 import difflib

@@ -1,9 +1,9 @@
 """What ghosts are judged and taught by: how a token's experts cover what its block does.
 
     apartness    O = 1 - mean overlap of the experts' outputs (`sra_ds.ops.output_overlap`)
-    unexplained  U = sum |t - P t|^2 / sum |t - mean t|^2, at most 1, with P the projection onto the
+    unexplained  U = sum |t - P t|^2 / sum |t - mean t|^2, cut off at 1, with P the projection onto the
                  span of the outputs of the token's experts and t the update of the whole block (mixer
-                 and channel)
+                 and channel); it is large, too, where all tokens want a part that their experts lack
     saturation   O U: the experts differ already, and still much is left to none of them
 
 All over valid tokens. Identical experts have O = 0, whatever U. Letters: T tokens, K experts per token,
