@@ -105,3 +105,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 ROUTED = [name for name, model in FAMILIES.items() if model["channel"]["kind"] == "moe"]
+CLOSED = [
+    name
+    for name in ROUTED
+    if not {"coupling", "compare_outputs", "ghosts"} & set(FAMILIES[name]["channel"])
+]
+"""Those whose experts may be spread over processes."""

@@ -216,6 +216,11 @@ def gradients(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def assert_near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Within `tolerance`, absolute and relative."""
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
     """Equal names, and values within `tolerance`, absolute and relative."""
     assert actual.keys() == expected.keys()

@@ -195,7 +195,7 @@ def _rerouted(router: ScoringRouter, edits: Sequence[Suppress | Boost | Pin]) ->
                 scores_TE[:, edit.expert] += edit.by
             elif isinstance(edit, Suppress):
                 scores_TE[:, edit.expert] = -torch.inf
-        bias_E = router.selection_bias_E[: router.slots].clone()
+        bias_E = router.bias_S().clone()
         bias_E[pinned] = CERTAIN
         top_k = before.expert_ids_TK.shape[-1]
         after = top_k_routing(scores_TE, top_k, router.config.gate, Selection(valid_T, bias_E))

@@ -131,10 +131,7 @@ class MoELayer(nn.Module):
         """How alike the outputs of a token's experts are; with gradient where a loss may want it."""
         learns = self.config.compare_outputs
         rows_TKD = rows_TKD if learns else rows_TKD.detach()
-        overlap_T = output_overlap(
-            rows_TKD, routing.expert_ids_TK, len(routing.load_E), given.valid_T
-        )
-        total = overlap_T.sum()
+        total = output_overlap(rows_TKD, given.valid_T).sum()
         facts: dict[str, Any] = {"overlap": total.detach() / routing.valid_count.clamp(min=1)}
         if learns:
             facts["penalties"] = {"orthogonality": self.overlap_weight * total}

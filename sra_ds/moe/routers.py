@@ -47,7 +47,7 @@ class ScoringRouter(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.experts, self.top_k = config, experts, top_k
-        self.register_buffer("selection_bias_E", torch.zeros(experts + ghosts))
+        self.register_buffer("selection_bias_E", torch.zeros(experts))
         self.ghosts = ghosts
         if ghosts:
             self.register_buffer("ghost_alpha_G", torch.zeros(ghosts))
@@ -74,6 +74,12 @@ class ScoringRouter(nn.Module):
         anchors = [self.ghost_anchor(ghost).unsqueeze(0) for ghost in range(self.awake)]
         return torch.cat([rows_ED, *anchors]) if anchors else rows_ED
 
+    def bias_S(self) -> Tensor:
+        """What is added to the scores for the choice alone; ghosts have none."""
+        return (
+            F.pad(self.selection_bias_E, (0, self.awake)) if self.ghosts else self.selection_bias_E
+        )
+
     def shift_S(self) -> Tensor | None:
         """What is added to the scores: ln(alpha) of each ghost; None where that is nothing."""
         alpha_A = self.ghost_alpha_G[: self.awake] if self.ghosts else None
@@ -91,8 +97,7 @@ class ScoringRouter(nn.Module):
         """Route T tokens; `token_ids_T` is for routers that look at it."""
         del token_ids_T
         with torch.autocast(x_TD.device.type, enabled=False):
-            bias_S = self.selection_bias_E[: self.slots]
-            selection = Selection(valid_T, bias_S, self.noise(x_TD))
+            selection = Selection(valid_T, self.bias_S(), self.noise(x_TD))
             return self.route(x_TD, selection, keep_scores)
 
     def route(self, x_TD: Tensor, selection: Selection, keep_scores: bool) -> Routing:

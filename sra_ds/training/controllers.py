@@ -157,7 +157,7 @@ class SelectionBias:
     def on_step_end(self, step: int, seen: Seen) -> Sequence[Event]:
         del step
         for router, routing in zip(self.routers, seen.routings, strict=True):
-            error_E = routing.load_E.mean() - routing.load_E
+            error_E = routing.load_E.mean() - routing.load_E[: router.experts]
             router.selection_bias_E.add_(self.rate * torch.sign(error_E))
         return ()
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from families import CLOSED
 from sra_ds.config import Recipe
 from sra_ds.model.language_model import build_model
 from sra_ds.moe.placement import Placement
@@ -22,11 +23,12 @@ def test_one_process_holds_everything(tiny_recipe: Builder, family: str) -> None
         assert ranges[name].whole and ranges[name].shape == tuple(tensor.shape), name
 
 
+@pytest.mark.parametrize("closed_family", CLOSED)
 @pytest.mark.parametrize("size", [2, 4])
 def test_experts_are_split_along_their_first_dimension(
-    tiny_recipe: Builder, routed_family: str, size: int
+    tiny_recipe: Builder, closed_family: str, size: int
 ) -> None:
-    recipe = tiny_recipe(routed_family)
+    recipe = tiny_recipe(closed_family)
     shapes = {n: tuple(t.shape) for n, t in build_model(recipe, "meta").state_dict().items()}
     by_rank = []
     for rank in range(size):

@@ -34,7 +34,7 @@ def row_names(state: State, recipe: Recipe, layer: int) -> dict[str, str]:
         if name.startswith(prefix) and short.startswith(("experts.", "router.")) and not shared:
             names[short] = name
     for name in names.values():
-        if len(state[name]) < channel.experts:  # behind them may be the bias of ghosts
+        if len(state[name]) != channel.experts:
             raise ConfigError(
                 f"{name} has not one row for each of the {channel.experts} experts; experts of a "
                 f"{router.kind} router cannot be taken apart"
