@@ -46,6 +46,8 @@ OWNERS = {
     "triton": {"moe/backends/megablocks.py"},
     "matplotlib": {
         "analysis/plots.py",
+        "analysis/canvas.py",
+        "analysis/moe_plots.py",
         "analysis/expert_plots.py",
         "analysis/resonance_plots.py",
     },

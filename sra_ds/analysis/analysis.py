@@ -75,8 +75,10 @@ class Analysis(NamedTuple):
     measures: list[dict[str, Measured]]
     geometry: list[dict[str, Measured]]
     profiles: list[list[Profile]]
-    load_LE: NDArray[np.int64]
-    pairs_LEE: NDArray[np.int64]
+    loads: list[NDArray[np.int64]]
+    """Routes of each layer to its experts."""
+    pairs: list[NDArray[np.int64]]
+    """Tokens that two of them served together."""
     grams: list[NDArray[np.float32]]
     maps: list[AnchorMap]
     spaces: list[AnchorSpace]
@@ -129,7 +131,6 @@ def analyse(loaded: LoadedRun, request: Request, device: torch.device) -> Analys
                 ),
             }
         label = text.label
-    slots_L = [router.slots for router in loaded.model.routers()]
     facts = {
         "schema_version": SCHEMA_VERSION,
         "run": loaded.run.path.name,
@@ -146,7 +147,7 @@ def analyse(loaded: LoadedRun, request: Request, device: torch.device) -> Analys
             "top_words": TOP_WORDS,
             "least_routes": least_routes(trace),
         },
-        "health": health(trace.load_LE.astype(np.float64), trace.tokens, slots_L),
+        "health": health(trace.load_LE.astype(np.float64), trace.tokens, trace.slots_L),
         "saturation": {str(step): shares for step, shares in settled.items()},
         "sweeps": sweeps,
     }
@@ -195,8 +196,11 @@ def _measure(loaded: LoadedRun, trace: Trace, facts: dict[str, Any], plane: str)
         adjust_over_layers(measures),
         adjust_over_layers([anchor_space.geometry(space.anchors_ED) for space in spaces]),
         profiles,
-        trace.load_LE,
-        trace.pairs_LEE,
+        [load_E[:own] for load_E, own in zip(trace.load_LE, trace.slots_L, strict=True)],
+        [
+            pairs_EE[:own, :own]
+            for pairs_EE, own in zip(trace.pairs_LEE, trace.slots_L, strict=True)
+        ],
         [(space.anchors_ED @ space.anchors_ED.T).numpy() for space in spaces],
         [_map(space, common, loaded, plane) for space in spaces],
         spaces,

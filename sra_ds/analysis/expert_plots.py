@@ -116,11 +116,11 @@ def _coherence(analyses: list[Analysis]) -> Figure | None:
 
 def _load(analyses: list[Analysis]) -> Figure | None:
     """Load of each expert over the mean, sorted, per layer."""
-    layers = len(analyses[0].load_LE)
+    layers = len(analyses[0].loads)
     figure, grid = _grid(1, layers, 2.2, sharey=True)
     for layer, axes in enumerate(grid[0]):
         for analysis in analyses:
-            load_E = analysis.load_LE[layer]
+            load_E = analysis.loads[layer]
             axes.plot(
                 np.sort(load_E)[::-1] / max(load_E.mean(), 1e-9), label=analysis.facts["label"]
             )
@@ -182,7 +182,7 @@ def _co_activation(analyses: list[Analysis]) -> Figure | None:
     if analyses[0].facts["top_k"] < 2:
         return None
     shares = []
-    for pairs_EE in analyses[0].pairs_LEE:
+    for pairs_EE in analyses[0].pairs:
         load_E = pairs_EE.diagonal().clip(min=1)
         shares.append((pairs_EE - np.diag(pairs_EE.diagonal())) / load_E[:, None])
     return _squares(shares, "viridis", 0.0, "share of the row's tokens")
@@ -236,12 +236,9 @@ def _saturation(analyses: list[Analysis]) -> Figure | None:
         for layer, shares in enumerate(np.array(list(settled.values())).T):
             label = f"{analysis.facts['label']}, layer {layer}"
             axes.plot(steps, shares, line, marker=".", color=f"C{layer}", label=label)
-    axes.axhline(
-        analyses[0].facts["top_k"] / analyses[0].load_LE.shape[1],
-        color=INK,
-        linestyle="--",
-        linewidth=0.7,
-    )
+    for experts in sorted({len(load_E) for load_E in analyses[0].loads}):
+        chance = analyses[0].facts["top_k"] / experts
+        axes.axhline(chance, color=INK, linestyle="--", linewidth=0.7)
     axes.set_xlabel("step")
     axes.set_ylabel("share of the final choices")
     axes.legend(fontsize=6, ncols=len(analyses))

@@ -1,7 +1,8 @@
 """Why each token of a text went where it went: chosen experts, near misses, what they are known for.
 
-Cosines are scores over the temperature, for routers with anchors; a linear router has scores alone. The
-margin is the lead of the last chosen expert over the first that was not. Letters: T tokens, E experts.
+Cosines are scores over the temperature, for routers with anchors, without what a waking ghost's score is
+lowered by; a linear router has scores alone. The margin is the lead of the last chosen expert over the
+first that was not. Letters: T tokens, E experts.
 """
 
 from collections.abc import Iterator
@@ -131,7 +132,8 @@ def _cosines(router: Any, scores_TE: Tensor) -> Tensor | None:
     if not hasattr(router, "anchors"):
         return None
     temperature: Tensor = router.temperature.detach().double().abs().cpu()
-    return scores_TE / temperature
+    shift_E = router.shift_S()
+    return (scores_TE if shift_E is None else scores_TE - shift_E.double().cpu()) / temperature
 
 
 def table(explanation: Explanation, layer: int | None = None) -> Iterator[str]:

@@ -79,7 +79,7 @@ def routes_of(trace: Trace, layer: int, labels: Labels) -> Routes:
         np.asarray(trace.experts_NLK[:, layer]),
         np.asarray(trace.untrained_NLK[:, layer]),
         labels.block_N,
-        trace.experts,
+        trace.slots_L[layer],
     )
 
 

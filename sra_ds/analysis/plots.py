@@ -1,7 +1,7 @@
 """Figures of a run, drawn from its files."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -11,20 +11,27 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from sra_ds.analysis.moe_plots import Connections, moe_figures
 from sra_ds.analysis.resonance_plots import compression_figure, mask_figure, resonance_figures
 
 Metrics = list[dict[str, Any]]
 
 
-def draw_run(
-    metrics: Metrics,
-    load_LE: NDArray[Any],
-    grams: list[NDArray[Any]],
-    masks: dict[str, NDArray[np.bool_]],
-    folder: Path,
-) -> list[Path]:
-    """Write the figures that apply to this run; returns their paths. `masks` are those of the sparse
-    matrices of one layer."""
+class Shown(NamedTuple):
+    """What of a finished model is drawn."""
+
+    load_LE: NDArray[Any]
+    grams: list[NDArray[Any]]
+    """Cosines between anchors, of each layer that has any."""
+    masks: dict[str, NDArray[np.bool_]]
+    """Those of the sparse matrices of one layer."""
+    connections: list[Connections]
+    """Of each layer whose experts are coupled."""
+
+
+def draw_run(metrics: Metrics, shown: Shown, folder: Path) -> list[Path]:
+    """Write the figures that apply to this run; returns their paths."""
+    load_LE, grams, masks, connections = shown
     steps = [line for line in metrics if "loss" in line]
     checks = [line for line in metrics if "validation" in line]
     figures: dict[str, Figure] = {}
@@ -36,6 +43,7 @@ def draw_run(
         figures["perplexity"] = perplexity_figure(checks)
     if load_LE.size:
         figures["expert_load"] = load_figure(load_LE)
+    figures |= moe_figures(metrics, connections)
     if masks:
         figures["mask"] = mask_figure(masks)
     if grams:

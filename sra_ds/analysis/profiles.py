@@ -4,6 +4,7 @@ Top tokens and words are those of largest PMI among what was *routed* to the exp
 nearest to its anchor stands apart, since it need not be the same.
 """
 
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -85,19 +86,18 @@ def least_routes(trace: Trace) -> int:
 def layer_tables(trace: Trace, labels: Labels, experts_NK: NDArray[Any], layer: int) -> LayerTables:
     """Tables of some decisions; a word counts once for each expert that any of its tokens goes to."""
     units_N, words_M = labels.words.unit_of_token_N, labels.words.word_of_unit_M
+    slots = trace.slots_L[layer]
     inside = np.flatnonzero(labels.words.word_of_token_N >= 0)
-    keys = units_N[inside].astype(np.int64)[:, None] * trace.experts + experts_NK[inside]
-    unit_R, expert_R = np.divmod(np.unique(keys), trace.experts)
-    words = make_table(
-        words_M[unit_R], expert_R[:, None], (len(labels.words.words_W), trace.experts)
-    )
+    keys = units_N[inside].astype(np.int64)[:, None] * slots + experts_NK[inside]
+    unit_R, expert_R = np.divmod(np.unique(keys), slots)
+    words = make_table(words_M[unit_R], expert_R[:, None], (len(labels.words.words_W), slots))
     class_N = labels.class_N
     tagged = np.flatnonzero(class_N >= 0)
     return LayerTables(
-        table_from_counts(trace.counts(layer), trace.vocab_size, trace.experts),
+        table_from_counts(trace.counts(layer), trace.vocab_size, slots),
         words,
-        make_table(class_N[tagged], experts_NK[tagged], (len(CLASSES), trace.experts)),
-        trace.domain_loads_LGE[layer],
+        make_table(class_N[tagged], experts_NK[tagged], (len(CLASSES), slots)),
+        trace.domain_loads_LGE[layer, :, :slots],
     )
 
 
@@ -116,11 +116,9 @@ def measure_coherence(
     frequency_W = np.bincount(words_M[words_M >= 0], minlength=len(labels.words.words_W))
     coherence = Coherence(labels.words, labels.block_of_document, frequency_W)
     everything = coherence.of([t for lists in (*own, *twins) for t in lists], least)
-    count = trace.layers * trace.experts
-    halves = (with_adjusted_p(everything[:count]), with_adjusted_p(everything[count:]))
-    by_layer = [
-        [half[n : n + trace.experts] for n in range(0, count, trace.experts)] for half in halves
-    ]
+    count = sum(trace.slots_L)
+    halves = [iter(with_adjusted_p(half)) for half in (everything[:count], everything[count:])]
+    by_layer = [[list(islice(half, slots)) for slots in trace.slots_L] for half in halves]
     return own, by_layer[0], by_layer[1]
 
 
@@ -195,10 +193,10 @@ def profile_layer(
     tokenizer: Tokenizer,
 ) -> list[Profile]:
     """Profiles of the experts of one layer."""
-    load_E = trace.load_LE[layer]
+    load_E, slots = trace.load_LE[layer], trace.slots_L[layer]
     least = least_routes(trace)
     tokens = [readable(tokenizer, ids) for ids in top_labels(tables.tokens, least, TOP_TOKENS)]
-    near: list[list[str]] = [[] for _ in range(trace.experts)]
+    near: list[list[str]] = [[] for _ in range(slots)]
     if space is not None:
         near = [readable(tokenizer, ids) for ids in nearest_tokens(space, TOP_TOKENS)[0]]
     classes_CE = _shares(tables.classes.dense())
@@ -207,7 +205,7 @@ def profile_layer(
     partner_E, partner_share_E = _partners(trace.pairs_LEE[layer])
     means = {name: values_LE[layer] for name, values_LE in trace.expert_means.items()}
     profiles = []
-    for expert in range(trace.experts):
+    for expert in range(slots):
         classes = {c: float(s) for c, s in zip(CLASSES, classes_CE[:, expert], strict=True)}
         function_share = sum(classes[name] for name in FUNCTION_CLASSES)
         dead_by_routes = bool(load_E[expert] < DEAD_SHARE * load_E.sum())

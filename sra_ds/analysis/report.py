@@ -123,7 +123,7 @@ def report_html(analyses: list[Analysis], figures: dict[str, Path]) -> str:
     return render(
         "report.html.j2",
         runs=runs,
-        experts_per_layer=analyses[0].load_LE.shape[1],
+        experts_per_layer=_range([len(load_E) for load_E in analyses[0].loads]),
         measures=_by_measure(analyses),
         figures=drawn,
     )
@@ -182,6 +182,11 @@ def _mean(values: list[float]) -> float | None:
     """Of what is a number; None if nothing is."""
     known = [value for value in values if math.isfinite(value)]
     return sum(known) / len(known) if known else None
+
+
+def _range(counts: list[int]) -> str:
+    """One number, or the least and the most."""
+    return " to ".join(map(str, sorted({min(counts), max(counts)})))
 
 
 def _by_measure(analyses: list[Analysis]) -> list[dict[str, Any]]:

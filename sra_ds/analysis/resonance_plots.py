@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+
+from sra_ds.analysis.canvas import or_nan, row_of, write
 
 Metrics = list[dict[str, Any]]
 
@@ -27,13 +28,13 @@ def resonance_figures(steps: Metrics) -> dict[str, Figure]:
 def entropy_over_steps(steps: Metrics) -> Figure:
     """Relative entropy of each iteration against the training step, layer by layer."""
     layers = len(steps[-1]["halting"])
-    figure, grid = _row_of(layers)
+    figure, grid = row_of(layers)
     x = [step["step"] for step in steps]
     for layer, axes in enumerate(grid):
         found = [step["halting"][layer]["entropy"] for step in steps]
         for number in range(len(found[0])):
             mean, low, high = (
-                [_or_nan(entropy[number][key]) for entropy in found]
+                [or_nan(entropy[number][key]) for entropy in found]
                 for key in ("mean", "p10", "p90")
             )
             axes.plot(x, mean, label=f"iteration {number + 1}")
@@ -47,13 +48,13 @@ def entropy_over_steps(steps: Metrics) -> Figure:
 
 def entropy_by_iteration(layers: Metrics) -> Figure:
     """Relative entropy of each layer's iterations at the last step: mean, 10th and 90th percentiles."""
-    figure, (axes,) = _row_of(1)
+    figure, (axes,) = row_of(1)
     for layer, own in enumerate(layers):
         entropy = own["entropy"]
         x = np.arange(1, len(entropy) + 1) + 0.06 * (layer - len(layers) / 2)
-        mean = np.array([_or_nan(row["mean"]) for row in entropy])
-        low = mean - np.array([_or_nan(row["p10"]) for row in entropy])
-        high = np.array([_or_nan(row["p90"]) for row in entropy]) - mean
+        mean = np.array([or_nan(row["mean"]) for row in entropy])
+        low = mean - np.array([or_nan(row["p10"]) for row in entropy])
+        high = np.array([or_nan(row["p90"]) for row in entropy]) - mean
         axes.errorbar(x, mean, yerr=np.maximum([low, high], 0), fmt="o-", label=f"layer {layer}")
     axes.set_xticks(range(1, len(layers[0]["entropy"]) + 1))
     axes.set_xlabel("iteration")
@@ -64,7 +65,7 @@ def entropy_by_iteration(layers: Metrics) -> Figure:
 
 def iterations_figure(layers: Metrics) -> Figure:
     """Share of the tokens by number of iterations, at the last step."""
-    figure, (axes,) = _row_of(1)
+    figure, (axes,) = row_of(1)
     width = 0.8 / len(layers)
     for layer, own in enumerate(layers):
         x = np.arange(1, len(own["shares"]) + 1) + width * (layer - (len(layers) - 1) / 2)
@@ -87,7 +88,7 @@ def memory_figure(steps: Metrics) -> Figure:
         "memory_state_norm": "norm of the state",
     }
     known = [m for m in measures if any(name.endswith(m) for name in facts[-1])]
-    figure, grid = _row_of(len(known))
+    figure, grid = row_of(len(known))
     x = [step["step"] for step in steps]
     for axes, measure in zip(grid, known, strict=True):
         for name in (name for name in facts[-1] if name.endswith(measure)):
@@ -106,7 +107,7 @@ def memory_figure(steps: Metrics) -> Figure:
 
 def mask_figure(masks: dict[str, NDArray[np.bool_]]) -> Figure:
     """Where weights live, with the share of them."""
-    figure, grid = _row_of(len(masks))
+    figure, grid = row_of(len(masks))
     for axes, (name, mask) in zip(grid, masks.items(), strict=True):
         axes.imshow(mask, cmap="gray_r", interpolation="nearest", aspect="auto")
         axes.set_title(f"{name}: {mask.mean():.1%} live", fontsize=9)
@@ -120,7 +121,7 @@ def halting_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
     threshold."""
     hard = [row for row in rows if row["rule"].startswith("hard:")]
     x = [float(row["rule"].partition(":")[2]) for row in hard]
-    figure, (left, right) = _row_of(2)
+    figure, (left, right) = row_of(2)
     left.plot(x, [row["perplexity_over_soft"] for row in hard], "o-")
     left.axhline(1.0, color="black", linewidth=0.7, linestyle="--")
     left.set_ylabel("perplexity / soft")
@@ -131,26 +132,26 @@ def halting_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
     right.legend()
     for axes in (left, right):
         axes.set_xlabel("threshold of hard halting")
-    _write(figure, path)
+    write(figure, path)
 
 
 def iterations_by_type_figure(found: dict[str, Any], path: Path) -> None:
     """Mean iterations of each class of words with its interval, beside that of all tokens."""
     classes = sorted(found["classes"].items(), key=lambda item: item[1]["iterations"])
-    figure, (axes,) = _row_of(1)
+    figure, (axes,) = row_of(1)
     for y, (_, own) in enumerate(classes):
         mean = own["iterations"]
-        reach = [[mean - _or_nan(own["low"])], [_or_nan(own["high"]) - mean]]
+        reach = [[mean - or_nan(own["low"])], [or_nan(own["high"]) - mean]]
         axes.errorbar(mean, y, xerr=np.maximum(reach, 0), fmt="o", capsize=3, color="tab:blue")
     axes.set_yticks(range(len(classes)), [f"{n} ({own['tokens']:,})" for n, own in classes])
     axes.axvline(found["all"]["iterations"], color="black", linewidth=0.7, linestyle="--")
     axes.set_xlabel("iterations of a token, mean over layers (95 %)")
-    _write(figure, path)
+    write(figure, path)
 
 
 def compression_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Perplexity of the rows of a comparison against their share of live weights."""
-    figure, (axes,) = _row_of(1)
+    figure, (axes,) = row_of(1)
     for row in rows:
         mean, deviation = row["token_perplexity_mean"], row["token_perplexity_sd"]
         axes.errorbar(
@@ -159,21 +160,4 @@ def compression_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set_xlabel("share of live weights in the feed-forward networks")
     axes.set_ylabel("validation token perplexity")
     axes.legend(fontsize=8)
-    _write(figure, path)
-
-
-def _row_of(count: int) -> tuple[Figure, list[Any]]:
-    figure, grid = plt.subplots(1, count, figsize=(max(5.0, 3.2 * count), 3.4), squeeze=False)
-    for axes in grid[0]:
-        axes.grid(alpha=0.3)
-    figure.set_layout_engine("tight")
-    return figure, list(grid[0])
-
-
-def _write(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)
-
-
-def _or_nan(value: float | None) -> float:
-    return np.nan if value is None else value
+    write(figure, path)

@@ -54,7 +54,8 @@ class Pass(NamedTuple):
 
 
 class Trace:
-    """A recorded pass. Arrays are memory-mapped; raises `DataError` for a folder that is none."""
+    """A recorded pass. Arrays are memory-mapped; those with a place for each expert end in zeros where a
+    layer has fewer than another (`slots_L`: ghosts). Raises `DataError` for a folder that is none."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -65,6 +66,7 @@ class Trace:
             raise DataError(f"{folder}: a routing trace of another version; delete the folder")
         self.tokens = int(self.facts["tokens"])
         self.layers, self.experts = int(self.facts["layers"]), int(self.facts["experts"])
+        self.slots_L: list[int] = self.facts.get("slots", [self.experts] * self.layers)
         self.top_k, self.vocab_size = int(self.facts["top_k"]), int(self.facts["vocab_size"])
         self.domains: list[str] = self.facts["domains"]
         shape = (self.tokens, self.layers, self.top_k)
@@ -177,7 +179,8 @@ class _Writer:
     ) -> None:
         self.model, self.split, self.how, self.folder = model, split, how, folder
         self.layers = len(model.routers())
-        self.experts = max(router.slots for router in model.routers())
+        self.slots_L = [router.slots for router in model.routers()]
+        self.experts = max(self.slots_L)
         self.top_k = int(model.routers()[0].top_k)
         self.tokens = traced_tokens(split, how)
         self.token_dtype = "uint16" if model.vocab_size <= 2**16 else "uint32"
@@ -215,6 +218,7 @@ class _Writer:
             "tokens": self.tokens,
             "layers": self.layers,
             "experts": self.experts,
+            "slots": self.slots_L,
             "top_k": self.top_k,
             "vocab_size": self.model.vocab_size,
             "token_dtype": self.token_dtype,

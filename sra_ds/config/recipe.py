@@ -106,7 +106,7 @@ class Recipe(Part):
         soft = soft and mixer.halting == "soft"  # type: ignore[union-attr]
         channel = model.channel
         compared = isinstance(channel, MoEChannelConfig) and channel.compare_outputs
-        taught = isinstance(channel, MoEChannelConfig) and channel.ghosts.background
+        taught = isinstance(channel, MoEChannelConfig) and channel.ghosts.count and channel.ghosts.background
         supervised = isinstance(head, PreManifestHeadConfig) and head.deep_supervision
         for name, there, needed in (
             ("ponder_weight", soft, "mixer.kind=resonance with halting=soft and some iterations"),
@@ -146,8 +146,8 @@ class Recipe(Part):
                     "training.specialisation.target has no effect with losses.orthogonality_weight=0"
                 )
         ghosts = channel.ghosts.count if isinstance(channel, MoEChannelConfig) else 0
-        if training.ghosts is not None and not ghosts:
-            raise ValueError("training.ghosts needs model.channel.ghosts.count")
+        if training.ghosts is not None and not routed:
+            raise ValueError("training.ghosts needs model.channel.kind=moe with ghosts")
         if routed and ghosts and training.remedies.active:
             raise ValueError(
                 "training.remedies judge a fixed set of experts and model.channel.ghosts add to it; "

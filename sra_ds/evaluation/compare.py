@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from sra_ds.config import load_recipe
 from sra_ds.errors import ConfigError, DataError, TrainingError
+from sra_ds.evaluation.experts import last_specialisation
 from sra_ds.model.counting import flops_per_token, live_share
 from sra_ds.model.language_model import build_model
 from sra_ds.storage.run_dir import RunDir, open_run, read_json, write_atomically
@@ -151,18 +152,19 @@ def markdown(rows: list[dict[str, Any]], differences: list[dict[str, Any]]) -> s
     """The table for people."""
     lines = [
         "| recipe | seeds | token perplexity | word perplexity | bits per byte | accuracy "
-        "| dead experts | tokens/s | MFLOP a token |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| dead experts | specialisation | tokens/s | MFLOP a token |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        spread = (
-            f" ± {row['token_perplexity_sd']:.2f}" if row["token_perplexity_sd"] is not None else ""
-        )
+        spread = _spread(row["token_perplexity_sd"], ".2f")
         dead = "–" if row["dead_fraction"] is None else f"{row['dead_fraction']:.1%}"
+        apart = "–"
+        if row["specialisation_mean"] is not None:
+            apart = f"{row['specialisation_mean']:.3f}{_spread(row['specialisation_sd'], '.3f')}"
         lines.append(
             f"| {row['recipe']} | {len(row['seeds'])} | {row['token_perplexity_mean']:.2f}{spread} | "
             f"{row['word_perplexity_mean']:.1f} | {row['bits_per_byte_mean']:.4f} | "
-            f"{row['accuracy_mean']:.2%} | {dead} | {row['tokens_per_second_mean']:,.0f} | "
+            f"{row['accuracy_mean']:.2%} | {dead} | {apart} | {row['tokens_per_second_mean']:,.0f} | "
             f"{row['flops_per_token_mean'] / 1e6:.1f} |"
         )
     lines.append("")
@@ -172,6 +174,10 @@ def markdown(rows: list[dict[str, Any]], differences: list[dict[str, Any]]) -> s
             f"[{d['low']:+.4f}, {d['high']:+.4f}] (95 %, paired bootstrap over documents)"
         )
     return "\n".join(lines) + "\n"
+
+
+def _spread(deviation: float | None, form: str) -> str:
+    return "" if deviation is None else f" ± {deviation:{form}}"
 
 
 def _train_cell(run: RunDir, recipe: str, overrides: list[str], launch: list[str]) -> None:
@@ -198,6 +204,7 @@ def _read_cell(run: RunDir) -> dict[str, Any]:
         "run": str(run.path),
         **{name: summary["validation"][name] for name in figures},
         "dead_fraction": experts.get("dead_fraction"),
+        "specialisation": (last_specialisation(run.metrics()) or {}).get("mean"),
         "tokens": summary["tokens"],
         "seconds": summary["seconds"],
         "tokens_per_second": summary["tokens_per_second"],
@@ -214,6 +221,7 @@ def _row(recipe: str, cells: list[dict[str, Any]]) -> dict[str, Any]:
     own = [cell for cell in cells if cell["recipe"] == recipe]
     values = [cell["token_perplexity"] for cell in own]
     dead = [cell["dead_fraction"] for cell in own if cell["dead_fraction"] is not None]
+    apart = [cell["specialisation"] for cell in own if cell["specialisation"] is not None]
     means = ("word_perplexity", "bits_per_byte", "accuracy", "tokens_per_second", "flops_per_token")
     return {
         "recipe": recipe,
@@ -222,6 +230,8 @@ def _row(recipe: str, cells: list[dict[str, Any]]) -> dict[str, Any]:
         "token_perplexity_mean": mean(values),
         "token_perplexity_sd": stdev(values) if len(values) > 1 else None,
         "dead_fraction": mean(dead) if dead else None,
+        "specialisation_mean": mean(apart) if apart else None,
+        "specialisation_sd": stdev(apart) if len(apart) > 1 else None,
         "live_share": own[0]["live_share"],
         **{f"{name}_mean": mean(cell[name] for cell in own) for name in means},
     }

@@ -42,3 +42,11 @@ def health(
     layer's routes), `dead_by_tokens` v2's (chosen by fewer than 1e-4 of the tokens)."""
     found = layers_summary(torch.from_numpy(load_LE), tokens, slots_L)
     return {"tokens": tokens, "enough_tokens": tokens >= 1_000_000, **found}
+
+
+def last_specialisation(metrics: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The last measurement in the metrics of a run, by layer and their mean; None if there is none."""
+    measured = [line["specialisation"]["scores"] for line in metrics if "specialisation" in line]
+    if not measured:
+        return None
+    return {"mean": sum(measured[-1]) / len(measured[-1]), "by_layer": measured[-1]}

@@ -44,7 +44,8 @@ def drop_curve(
     tokens: int,
     device: torch.device,
 ) -> list[dict[str, Any]]:
-    """The same with shares of each layer's experts suppressed, the least or the most loaded first."""
+    """The same with shares of the experts suppressed, as many in each layer, the least or the most loaded
+    first."""
     order_LE = np.argsort(load_LE, axis=1, kind="stable")
     slots_L = [router.slots for router in loaded.model.routers()]
     experts, top_k = min(slots_L), loaded.model.routers()[0].top_k
@@ -60,7 +61,8 @@ def drop_curve(
         )
         with steered(loaded.model, Steering(name="drop", edits=edits)):
             found = _score(loaded, split, tokens, device)
-        rows.append({"first": first, "dropped": count, "share": count / experts, **found})
+        share = len(edits) / sum(slots_L)
+        rows.append({"first": first, "dropped": count, "share": share, **found})
     return rows
 
 

@@ -1,5 +1,6 @@
 """Experts named by layer and number, as people write them: `2:7` is expert 7 of layer 2."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from sra_ds.config import Recipe
@@ -25,11 +26,17 @@ def routed(recipe: Recipe) -> MoEChannelConfig:
     return channel
 
 
-def require_place(recipe: Recipe, place: Place, where: str) -> None:
-    """Raise `ConfigError` for an expert the model does not have; `where` opens the message."""
-    layers, experts = recipe.model.layers, routed(recipe).experts
+def experts_of(recipe: Recipe) -> list[int]:
+    """How many experts each layer has from the start; raises `ConfigError` for a dense model."""
+    return [routed(recipe).experts] * recipe.model.layers
+
+
+def require_place(experts_L: Sequence[int], place: Place, where: str) -> None:
+    """Raise `ConfigError` for an expert beyond those of its layer; `where` opens the message."""
+    layers = len(experts_L)
     if place.layer >= layers:
         raise ConfigError(f"{where}: there is no layer {place.layer} (0 to {layers - 1})")
+    experts = experts_L[place.layer]
     if place.expert >= experts:
         raise ConfigError(f"{where}: there is no expert {place.expert} (0 to {experts - 1})")
 

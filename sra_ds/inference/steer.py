@@ -126,6 +126,8 @@ def _steer_layer(layer: MoELayer, edits: Sequence[Edit], undo: ExitStack) -> Non
     router: Any = layer.router
     if towards:
         undo.enter_context(_in_front(layer, _moved(layer, towards)))
+        if layer.config.expert_kind == "block":  # which run before the layer, on the same vectors
+            undo.enter_context(_in_front(layer.backend, _moved(layer, towards)))
     if choices:
         undo.enter_context(_in_front(router, _rerouted(router, choices)))
     if scales:
@@ -279,8 +281,9 @@ def _with_routes(edits: list[Replace]) -> Callable[..., Any]:
                 sent_TK = torch.where(ids_TK == edit.expert, edit.output, sent_TK)
         rows_TKD = own(x_TD, routing._replace(expert_ids_TK=sent_TK), given)
         for edit in edits:
-            if isinstance(edit.output, tuple):
-                fixed_D = torch.tensor(edit.output, dtype=rows_TKD.dtype, device=rows_TKD.device)
+            if not isinstance(edit.output, int):
+                fixed = 0.0 if edit.output == "zero" else edit.output
+                fixed_D = torch.tensor(fixed, dtype=rows_TKD.dtype, device=rows_TKD.device)
                 rows_TKD = torch.where((ids_TK == edit.expert).unsqueeze(-1), fixed_D, rows_TKD)
         return rows_TKD
 

@@ -11,7 +11,8 @@
 Next tokens are drawn from the model, so F needs no labels; choices that flip in later layers are not in
 it. The interval of a slope resamples units, p flips their signs, adjusted over all experts. `detect`
 finds what reads something, this what writes it.
-Letters: B units (windows or prompts), T positions, N = B x T tokens, L layers, E experts, K choices.
+Letters: B units (windows or prompts), T positions, N = B x T tokens, L layers, E experts, K choices,
+P experts of all layers.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from sra_ds.analysis.statistics import benjamini_hochberg
@@ -118,7 +120,8 @@ def _each(batches: Sequence[Batch], what: str) -> Iterator[Batch]:
 def _gradient(
     model: LanguageModel, batch: Batch, measure: Callable[[Tensor, Tensor], Tensor]
 ) -> Floats:
-    """Gradient, B x L x E, of the sum over each unit's counted places of measure(logits, counted)."""
+    """Gradient, B x L x E, of the sum over each unit's counted places of measure(logits, counted); NaN
+    for an expert that a layer lacks and another has (a ghost that is awake)."""
     own = batch.to(next(model.parameters()).device)
     counted_BT = own.targets_BT != IGNORED
     with gate_factors(model, len(own.ids_BT)) as factors:
@@ -126,7 +129,9 @@ def _gradient(
         assert logits_BTV is not None
         values_BT = torch.where(counted_BT, measure(logits_BTV, counted_BT), 0.0)
         gradients = torch.autograd.grad(values_BT.sum(), factors)
-    found_BLE: Floats = torch.stack(gradients, 1).double().cpu().numpy()
+    by_expert = [gradient_BE.T for gradient_BE in gradients]
+    found_ELB = pad_sequence(by_expert, padding_value=torch.nan)
+    found_BLE: Floats = found_ELB.permute(2, 1, 0).double().cpu().numpy()
     return found_BLE
 
 
@@ -134,7 +139,8 @@ def attribute(slopes_BLE: Floats, cost_LE: Floats) -> list[dict[str, Any]]:
     """Experts with slope, cost (damped) and gain, the change of the words for a small fixed divergence:
     |slope| / sqrt(cost), the largest first."""
     units, _, experts = slopes_BLE.shape
-    flat_BP = slopes_BLE.reshape(units, -1)
+    place_P = np.flatnonzero(~np.isnan(cost_LE))
+    flat_BP = slopes_BLE.reshape(units, -1)[:, place_P]
     mean_P = flat_BP.mean(0)
     rng = np.random.default_rng(SEED)
     flipped_RP = rng.choice((-1.0, 1.0), (DRAWS, units)) @ flat_BP / units
@@ -145,12 +151,13 @@ def attribute(slopes_BLE: Floats, cost_LE: Floats) -> list[dict[str, Any]]:
     if units > 1:
         drawn_RP = rng.multinomial(units, np.full(units, 1 / units), DRAWS) @ flat_BP / units
         low_P, high_P = np.quantile(drawn_RP, [0.025, 0.975], axis=0)
-    cost_P = cost_LE.ravel() + max(DAMPING * float(np.median(cost_LE)), TINY)
+    cost_P = cost_LE.ravel()[place_P]
+    cost_P = cost_P + max(DAMPING * float(np.median(cost_P)), TINY)
     gain_P = np.abs(mean_P) / np.sqrt(cost_P)
     return [
         {
-            "layer": int(at // experts),
-            "expert": int(at % experts),
+            "layer": int(place_P[at] // experts),
+            "expert": int(place_P[at] % experts),
             "slope": float(mean_P[at]),
             "low": None if units < 2 else float(low_P[at]),
             "high": None if units < 2 else float(high_P[at]),

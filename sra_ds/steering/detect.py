@@ -42,11 +42,12 @@ def read_texts(path: Path) -> list[str]:
 @torch.no_grad()
 def routes_of_texts(loaded: LoadedRun, texts: Sequence[str]) -> tuple[Floats, Floats]:
     """Routes of each text to each expert, X x L x E, and its tokens. A text longer than the model's
-    window is cut there; the mark that opens it is not counted."""
+    window is cut there; the mark that opens it is not counted. NaN for an expert that a layer lacks and
+    another has (a ghost that is awake)."""
     length, end = loaded.recipe.data.sequence_length, end_of_text_id(loaded.tokenizer)
     rows = [[end, *loaded.tokenizer.encode(text).ids][:length] for text in texts]
-    experts = max(router.slots for router in loaded.model.routers())
-    counts_XLE = np.zeros((len(rows), len(loaded.model.routers()), experts))
+    slots_L = [router.slots for router in loaded.model.routers()]
+    counts_XLE = np.full((len(rows), len(slots_L), max(slots_L)), np.nan)
     device = next(loaded.model.parameters()).device
     for start in tqdm(range(0, len(rows), BATCH_TEXTS), "routing texts", leave=False):
         own = rows[start : start + BATCH_TEXTS]
@@ -56,8 +57,8 @@ def routes_of_texts(loaded: LoadedRun, texts: Sequence[str]) -> tuple[Floats, Fl
         for layer, routing in enumerate(routings):
             ids_BTK = routing.expert_ids_TK.view(*ids_BT.shape, -1).cpu().numpy()
             for row, (ids_TK, counted_T) in enumerate(zip(ids_BTK, counted_BT, strict=True)):
-                found_E = np.bincount(ids_TK[counted_T].ravel(), minlength=experts)
-                counts_XLE[start + row, layer] = found_E
+                found_E = np.bincount(ids_TK[counted_T].ravel(), minlength=slots_L[layer])
+                counts_XLE[start + row, layer, : len(found_E)] = found_E
     return counts_XLE, np.array([max(len(row) - 1, 0) for row in rows], np.float64)
 
 
@@ -84,10 +85,11 @@ def rank(counts_XLE: Floats, tokens_X: Floats, first_X: NDArray[np.bool_]) -> li
         beyond_LE += np.abs(permuted_LE) >= np.abs(value_LE) - 1e-12
         drawn = np.concatenate([rng.choice(group, len(group)) for group in groups])
         resampled_RLE[draw] = risk_difference(counts_XLE[drawn], tokens_X[drawn], first_X)
-    p_LE = (1 + beyond_LE) / (1 + DRAWS)
+    there_LE = ~np.isnan(value_LE)
+    p_LE = np.where(there_LE, (1 + beyond_LE) / (1 + DRAWS), np.nan)
     adjusted_LE = np.array(benjamini_hochberg(p_LE.ravel().tolist())).reshape(p_LE.shape)
     low_LE, high_LE = np.quantile(resampled_RLE, [0.025, 0.975], axis=0)
-    order = np.argsort(-np.abs(value_LE), axis=None, kind="stable")
+    order = np.argsort(-np.abs(value_LE), axis=None, kind="stable")[: there_LE.sum()]
     rows = []
     for layer, expert in zip(*np.unravel_index(order, value_LE.shape), strict=True):
         at = (layer, expert)

@@ -81,6 +81,7 @@ def _make_card(
 ) -> dict[str, Any]:
     """Write a steering card and say what it costs."""
     if values.get("direction") == "centroid":
+        _require_experts(loaded, action, experts)
         trace = _trace(loaded, values, device)
         values = {**values, "centroids_LED": trace.centroids_LED}
     make = ACTIONS[action].edit
@@ -104,6 +105,13 @@ def _make_card(
     return found
 
 
+def _require_experts(loaded: LoadedRun, action: str, experts: list[Place]) -> None:
+    """Raise `ConfigError` for one that nothing can be traced of."""
+    slots_L = [router.slots for router in loaded.model.routers()]
+    for place in experts:
+        require_place(slots_L, place, f"{action} {place}")
+
+
 def _detect(loaded: LoadedRun, values: Values) -> dict[str, Any]:
     sets = [read_texts(values[name]) for name in ("with_it", "without")]
     rows = detect(loaded, *sets)
@@ -113,8 +121,7 @@ def _detect(loaded: LoadedRun, values: Values) -> dict[str, Any]:
 def _verify(
     loaded: LoadedRun, experts: list[Place], values: Values, device: torch.device
 ) -> dict[str, Any]:
-    for place in experts:
-        require_place(loaded.recipe, place, f"verify {place}")
+    _require_experts(loaded, "verify", experts)
     trace = _trace(loaded, values, device)
     targets = choose_targets(trace, experts)
     with open_text(loaded, files=values["text"], max_tokens=values["tokens"]) as text:

@@ -130,12 +130,14 @@ def _compare(
     )
 
 
-def doses(target: Target) -> dict[str, AnyEdit]:
-    """Every edit of an expert, by name."""
+def doses(model: LanguageModel, target: Target) -> dict[str, AnyEdit]:
+    """Every edit of an expert, by name; it is not suppressed where a token goes to all there are."""
+    router = model.routers()[target.layer]
     at = {"layer": target.layer, "expert": target.expert}
     scales: dict[str, AnyEdit] = {f"scale {c:g}": Scale(by=c, **at) for c in DOSES}
     boosts = {f"boost {b:g}": Boost(by=b, **at) for b in BOOSTS}
-    return {**scales, "suppress": Suppress(**at), **boosts}
+    suppress = {"suppress": Suppress(**at)} if router.slots > router.top_k else {}
+    return {**scales, **suppress, **boosts}
 
 
 def verify(
@@ -144,7 +146,7 @@ def verify(
     """Dose and response of every target, with intervals over windows and the null of its slopes."""
     edits: dict[tuple[int, int, str], AnyEdit] = {}
     for target in targets:
-        named = doses(target)
+        named = doses(loaded.model, target)
         edits |= {(target.layer, target.expert, name): edit for name, edit in named.items()}
         for expert in null_experts(trace, target):
             for c in (0.0, 4.0):
@@ -169,7 +171,8 @@ def verify(
             )
             null_R = np.array([float(slope_W.mean()) for slope_W in null])
             slopes[name] = measured_change(own_W, null_R).as_dict()
-        own = {name: responses[target.layer, target.expert, name] for name in doses(target)}
+        names = doses(loaded.model, target)
+        own = {name: responses[target.layer, target.expert, name] for name in names}
         rows.append(
             {
                 "layer": target.layer,

@@ -113,5 +113,8 @@ def ghost_learning_rate(form: str, rate: float, peak: float) -> float:
 
 
 def build_ghost_keeper(recipe: Recipe, engine: Any) -> dict[str, Controller]:
-    """The controller by its name, if the recipe wakes ghosts."""
-    return {} if recipe.training.ghosts is None else {"ghosts": GhostKeeper(recipe, engine)}
+    """The controller by its name, if the recipe has ghosts and wakes them."""
+    layers = engine.module.routed_layers()
+    if recipe.training.ghosts is None or not layers[0].ghosts:
+        return {}
+    return {"ghosts": GhostKeeper(recipe, engine)}

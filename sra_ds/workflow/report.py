@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from sra_ds.analysis.plots import draw_run
+from sra_ds.analysis.moe_plots import Connections
+from sra_ds.analysis.plots import Shown, draw_run
+from sra_ds.evaluation.experts import last_specialisation
 from sra_ds.evaluation.run import Scoring, score_legacy
 from sra_ds.evaluation.text import open_corpus
 from sra_ds.inference.generate import generate
@@ -43,6 +45,7 @@ def report(run: RunDir, resolved: Resolved, outcome: Outcome) -> dict[str, Any]:
         "validation": validation,
         "experts": outcome.experts,
         "best": outcome.best,
+        "specialisation": last_specialisation(run.metrics()),
         "device": f"{resolved.device} ({resolved.reasons['device']})",
         "kernel": resolved.reasons["kernels"],
         "corpus_fingerprint": run.environment()["corpus_fingerprint"],
@@ -65,7 +68,12 @@ def draw_figures(loaded: LoadedRun, run: RunDir) -> list[Path]:
         for name, module in first.named_modules()
         if isinstance(module, SparseLinear)
     }
-    return draw_run(run.metrics(), load_LE, grams, masks, run.figures)
+    rounds = [layer.coupling.rounds[-1] for layer in loaded.model.routed_layers() if layer.coupling]
+    connections = [
+        Connections(one.strengths().cpu().numpy(), one.hyperedges())  # type: ignore[operator]
+        for one in rounds
+    ]
+    return draw_run(run.metrics(), Shown(load_LE, grams, masks, connections), run.figures)
 
 
 def write_samples(loaded: LoadedRun, run: RunDir) -> dict[str, str]:

@@ -230,7 +230,6 @@ def test_strengths_and_hyperedges_are_told() -> None:
         ({"expert_kind": "block", "top_k": 64, "ghosts": {"count": 1}}, "no place to take"),
         ({"coupling": "hgnn"}, "more than 512: use incidence=learned"),
         ({"coupling": {"kind": "hgnn", "members": 2}}, "no effect without incidence=learned"),
-        ({"ghosts": {"background": True}}, "no effect without ghosts.count"),
         ({"ghosts": {"count": 1}, "router": "hash"}, "router with scores"),
         (
             {"ghosts": {"count": 1}, "router": {"kind": "cosine", "temperature": "per_expert"}},

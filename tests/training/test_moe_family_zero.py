@@ -51,7 +51,9 @@ def recipe(name: str, precision: str = "fp32") -> Recipe:
             "ramp_steps": RAMP,
         }
     losses = {"balance": "none", "dispersion": "none", "z_weight": 0.0}
-    return recipe_of(overlay={"model": {"channel": channel}, "training": training, "losses": losses})
+    return recipe_of(
+        overlay={"model": {"channel": channel}, "training": training, "losses": losses}
+    )
 
 
 @torch.no_grad()
@@ -120,7 +122,9 @@ def one_step(
         engine.backward(loss)
         losses.append(loss.detach())
         saturations.append(torch.stack(output.saturations or [loss.detach()]))
-        given = [routing.load_E[own.model.channel.experts :].tolist() for routing in output.routings]
+        given = [
+            routing.load_E[own.model.channel.experts :].tolist() for routing in output.routings
+        ]
         found["given"].append((number, rank, given))
     engine.step()
     found_L = mean_over_ranks(torch.stack(saturations).mean(0))

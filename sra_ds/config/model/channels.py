@@ -50,7 +50,7 @@ class GhostsConfig(Part):
     """Experts that are there from the start and chosen only once `training.ghosts` woke them."""
 
     count: int = Field(0, ge=0)
-    """Ghosts of each layer; 0: none."""
+    """Ghosts of each layer; 0: none, whatever else is said of them."""
     background: bool = False
     """The next ghost to wake learns meanwhile what the experts leave of their block's update."""
 
@@ -141,8 +141,6 @@ class MoEChannelConfig(Part):
     @model_validator(mode="after")
     def _ghosts_can_be_chosen(self) -> "MoEChannelConfig":
         if not self.ghosts.count:
-            if self.ghosts.background:
-                raise ValueError("ghosts.background has no effect without ghosts.count")
             return self
         router = self.router
         if isinstance(router, HashRouterConfig):

@@ -40,6 +40,8 @@ class Shape(Part):
     """Whether the experts have biases."""
     router: str
     """Kind of the router."""
+    heads: int | None = None
+    """Attention heads of experts that are blocks."""
 
 
 class Load(Part):
@@ -105,6 +107,7 @@ def shape_of(recipe: Recipe) -> Shape:
         kind=channel.expert.kind,
         bias=has_bias(channel),
         router=channel.router.kind,
+        heads=channel.expert_heads if channel.expert_kind == "block" else None,
     )
 
 
@@ -166,7 +169,7 @@ def read_export(path: Path) -> Exported:
 def require_fit(found: Exported, recipe: Recipe, rows: dict[str, tuple[int, ...]]) -> None:
     """Raise `ConfigError` unless the expert fits a model whose experts have `rows`, shapes by name."""
     own, other = shape_of(recipe), found.card.model
-    for key in ("width", "hidden", "kind", "bias", "router"):
+    for key in ("width", "hidden", "kind", "bias", "router", "heads"):
         mine, theirs = getattr(own, key), getattr(other, key)
         if mine != theirs:
             raise ConfigError(

@@ -15,7 +15,7 @@ from sra_ds.inference.export.card import Card, Load, shape_of, stem_of, write_ca
 from sra_ds.inference.export.loads import Loads, known_loads
 from sra_ds.inference.export.rows import ANCHORS, State, read_rows
 from sra_ds.inference.load import LoadedRun
-from sra_ds.inference.places import Place, parse_number, require_place, routed
+from sra_ds.inference.places import Place, experts_of, parse_number, require_place, routed
 from sra_ds.storage.checkpoint import WEIGHTS, read_manifest
 from sra_ds.storage.run_dir import RunDir, complete_or_absent
 
@@ -30,7 +30,7 @@ def choose_places(recipe: Recipe, layer: int | None, experts: str | None) -> lis
         numbers = sorted(set(asked))
     places = [Place(layer, number) for layer in layers for number in numbers]
     for place in places:
-        require_place(recipe, place, "--layer and --experts")
+        require_place(experts_of(recipe), place, "--layer and --experts")
     return places
 
 
@@ -42,6 +42,9 @@ def export_experts(loaded: LoadedRun, places: list[Place], out: Path) -> dict[st
         stems = [
             _export(loaded, state, place, loads, new.path) for place in tqdm(places, "experts")
         ]
+    awake = sum(router.awake for router in loaded.model.routers())
+    if awake:
+        print(f"ghosts are not exported: {awake} awake stayed behind", file=sys.stderr)
     if loads is None or loads.top_tokens is None:
         print(
             f"the cards name no top tokens: tools/analyze.py --run {loaded.run.path} finds them, "

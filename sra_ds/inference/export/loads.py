@@ -23,7 +23,8 @@ from sra_ds.storage.run_dir import read_json_object
 
 
 class Loads(NamedTuple):
-    """Routes per layer and expert, what says so, and the tokens an expert was chosen for most."""
+    """Routes per layer and expert, what says so, and the tokens an expert was chosen for most. Behind
+    the experts may stand ghosts, with zeros where a layer's were asleep."""
 
     routes_LE: Tensor
     counted_in: str
@@ -53,10 +54,11 @@ def known_loads(loaded: LoadedRun) -> Loads | None:
     """What the run tells; None if nothing. Raises `CheckpointError` for a damaged file."""
     run, channel = loaded.run, routed(loaded.recipe)
     shape = (loaded.recipe.model.layers, channel.experts)
+    most = channel.experts + channel.ghosts.count
     analysis = run.path / "analysis.json"
     snapshots = [path for path in run.routing.glob("*.safetensors") if path.stem.isdecimal()]
     if analysis.is_file():
-        found = _from_analysis(read_json_object(analysis), shape, loaded.trainer["top_k"])
+        found = _from_analysis(read_json_object(analysis), shape, most, loaded.trainer["top_k"])
         origin = analysis
     elif snapshots:
         origin = max(snapshots, key=lambda path: int(path.stem))
@@ -66,7 +68,7 @@ def known_loads(loaded: LoadedRun) -> Loads | None:
         origin = run.checkpoints / loaded.checkpoint.name / "trainer.json"
     else:
         return None
-    if found is None or found.routes_LE.shape != shape or not (found.routes_LE >= 0).all():
+    if found is None or not _fits(found.routes_LE, shape, most):
         raise CheckpointError(
             f"{origin} does not tell the load of {shape[0]} x {shape[1]} experts; make it again or "
             "move it away"
@@ -74,9 +76,19 @@ def known_loads(loaded: LoadedRun) -> Loads | None:
     return found._replace(counted_in=str(origin.relative_to(run.path)))
 
 
-def _from_analysis(found: dict[str, Any], shape: tuple[int, int], top_k: int) -> Loads | None:
+def _fits(routes_LE: Tensor, shape: tuple[int, int], most: int) -> bool:
+    """Whether these are the routes of so many layers and experts, and of what there may be at most."""
+    if routes_LE.dim() != 2 or len(routes_LE) != shape[0]:
+        return False
+    return shape[1] <= routes_LE.shape[1] <= most and bool((routes_LE >= 0).all())
+
+
+def _from_analysis(
+    found: dict[str, Any], shape: tuple[int, int], most: int, top_k: int
+) -> Loads | None:
     """Routes and tokens of every expert; None where one is missing or malformed."""
-    routes_LE = torch.full(shape, -1.0, dtype=torch.float64)
+    routes_LE = torch.zeros(shape[0], most, dtype=torch.float64)
+    routes_LE[:, : shape[1]] = -1.0
     tokens: dict[Place, tuple[str, ...]] = {}
     try:
         routes = top_k * float(found["tokens"])

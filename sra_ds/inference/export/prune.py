@@ -15,7 +15,7 @@ from sra_ds.inference.export.loads import Loads, known_loads
 from sra_ds.inference.export.rows import keep_rows
 from sra_ds.inference.export.runs import renamed, write_run
 from sra_ds.inference.load import LoadedRun
-from sra_ds.inference.places import parse_number, parse_place, require_place, routed
+from sra_ds.inference.places import experts_of, parse_number, parse_place, require_place, routed
 
 FEW_TOKENS = 1_000_000
 """Below this a rate of 1e-4 can hardly be told from zero."""
@@ -108,7 +108,7 @@ def _named(recipe: Recipe, which: str, option: str) -> list[list[int]]:
     gone: list[set[int]] = [set() for _ in range(recipe.model.layers)]
     for part in which.split(","):
         place = parse_place(part, "--prune")
-        require_place(recipe, place, option)
+        require_place(experts_of(recipe), place, option)
         gone[place.layer].add(place.expert)
     counts = [len(own) for own in gone]
     if len(set(counts)) > 1:

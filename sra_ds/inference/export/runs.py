@@ -20,7 +20,7 @@ from sra_ds.inference.export.card import Exported, find_cards, read_export, requ
 from sra_ds.inference.export.experts import weight_hashes
 from sra_ds.inference.export.rows import State, row_names, write_rows
 from sra_ds.inference.load import LoadedRun
-from sra_ds.inference.places import Place, require_place, routed
+from sra_ds.inference.places import Place, experts_of, require_place, routed
 from sra_ds.storage.checkpoint import WEIGHTS, Contents, Layout, point_latest_at, save_parts
 from sra_ds.storage.fragments import whole_tensor
 from sra_ds.storage.run_dir import RunDir, complete_or_absent
@@ -55,7 +55,7 @@ def _write_with(
     """A run with some experts replaced."""
     recipe, state = loaded.recipe, loaded.model.state_dict()
     for place, found in experts.items():
-        require_place(recipe, place, str(found.path))
+        require_place(experts_of(recipe), place, str(found.path))
         names = row_names(state, recipe, place.layer)
         require_fit(found, recipe, {n: tuple(state[name].shape[1:]) for n, name in names.items()})
     changed = write_rows(state, recipe, {place: found.rows for place, found in experts.items()})
