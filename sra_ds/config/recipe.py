@@ -106,7 +106,11 @@ class Recipe(Part):
         soft = soft and mixer.halting == "soft"  # type: ignore[union-attr]
         channel = model.channel
         compared = isinstance(channel, MoEChannelConfig) and channel.compare_outputs
-        taught = isinstance(channel, MoEChannelConfig) and channel.ghosts.count and channel.ghosts.background
+        taught = (
+            isinstance(channel, MoEChannelConfig)
+            and channel.ghosts.count
+            and channel.ghosts.background
+        )
         supervised = isinstance(head, PreManifestHeadConfig) and head.deep_supervision
         for name, there, needed in (
             ("ponder_weight", soft, "mixer.kind=resonance with halting=soft and some iterations"),
@@ -122,33 +126,33 @@ class Recipe(Part):
         return self
 
     @model_validator(mode="after")
-    def _experts_can_be_watched(self) -> "Recipe":
-        channel, training = self.model.channel, self.training
-        routed = isinstance(channel, MoEChannelConfig)
-        watched = training.specialisation
-        if watched is not None and (
-            not isinstance(channel, MoEChannelConfig)
-            or channel.experts == 1
-            or self.parallel.expert_parallel_size > 1
-        ):
+    def _experts_can_be_compared(self) -> "Recipe":
+        channel, watched = self.model.channel, self.training.specialisation
+        if watched is None:
+            return self
+        several = isinstance(channel, MoEChannelConfig) and channel.experts > 1
+        if not several or self.parallel.expert_parallel_size > 1:
             raise ValueError(
                 "training.specialisation compares the outputs of all experts: it needs "
                 "model.channel.kind=moe with several and parallel.expert_parallel_size=1"
             )
-        if watched is not None and watched.target is not None:
-            if not (isinstance(channel, MoEChannelConfig) and channel.compare_outputs):
-                raise ValueError(
-                    "training.specialisation.target moves the orthogonality loss: it needs "
-                    "model.channel.compare_outputs=true"
-                )
-            if not self.losses.orthogonality_weight:
-                raise ValueError(
-                    "training.specialisation.target has no effect with losses.orthogonality_weight=0"
-                )
-        ghosts = channel.ghosts.count if isinstance(channel, MoEChannelConfig) else 0
-        if training.ghosts is not None and not routed:
-            raise ValueError("training.ghosts needs model.channel.kind=moe with ghosts")
-        if routed and ghosts and training.remedies.active:
+        compared = isinstance(channel, MoEChannelConfig) and channel.compare_outputs
+        if watched.target is not None and not (compared and self.losses.orthogonality_weight):
+            raise ValueError(
+                "training.specialisation.target moves the orthogonality loss: it needs "
+                "model.channel.compare_outputs=true and a losses.orthogonality_weight above 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ghosts_are_there_to_wake(self) -> "Recipe":
+        channel, training = self.model.channel, self.training
+        ghosts = channel.ghosts if isinstance(channel, MoEChannelConfig) else None
+        # where they learn in the background, there were some before their number was set to 0
+        known = ghosts is not None and (ghosts.count or ghosts.background)
+        if training.ghosts is not None and not known:
+            raise ValueError("training.ghosts needs model.channel.ghosts.count")
+        if ghosts is not None and ghosts.count and training.remedies.active:
             raise ValueError(
                 "training.remedies judge a fixed set of experts and model.channel.ghosts add to it; "
                 "leave one of them out"

@@ -6,12 +6,14 @@ from torch import nn
 
 from sra_ds.config.model import MoEChannelConfig
 from sra_ds.model.channels.prime_masked import SparseLinear
+from sra_ds.model.expert_blocks import StackedBlocks
 from sra_ds.model.heads.pre_manifest import PreManifestHead
 from sra_ds.model.language_model import LanguageModel
 from sra_ds.model.memories.fast import FastMemory
 from sra_ds.model.memories.static import StaticMemory
 from sra_ds.model.mixers.attention import Attention
 from sra_ds.model.mixers.resonance import Resonance
+from sra_ds.moe.coupling import Coupling
 from sra_ds.moe.experts import GroupedExperts
 from sra_ds.moe.routers import ROUTERS
 
@@ -72,6 +74,12 @@ def _part(module: nn.Module, model: LanguageModel) -> str:
     return "router" if isinstance(module, tuple(ROUTERS.values())) else "experts"
 
 
+def _top_k(model: LanguageModel) -> int:
+    """Experts of a token at the end of training."""
+    channel = model.config.channel
+    return channel.top_k if isinstance(channel, MoEChannelConfig) else 1
+
+
 def live_share(model: LanguageModel) -> float | None:
     """Share of the entries of sparse matrices that hold a weight; None for a model without any."""
     sparse = [module for module in model.modules() if isinstance(module, SparseLinear)]
@@ -84,14 +92,20 @@ def flops_per_token(model: LanguageModel, sequence_length: int) -> float:
     """Training FLOPs a token needs: 6 per active parameter, plus 6 T D per layer and iteration for
     causal attention (half of the T x T products), plus what parts use more than once: a resonance
     mixer's retrieval map in every iteration but the last, a refining head's table once more per step
-    without a gradient, and fast weights, which are no parameters; less the slots that a token does not
-    read."""
+    without a gradient, fast weights, which are no parameters, the maps of a coupling for each of a
+    token's experts, the attention of experts that are blocks; less the slots that a token does not read.
+    A ghost that learns in the background is left out."""
     counts = count_parameters(model)
     total = 6 * float(counts["active_with_anchors"])
     attention = 6 * sequence_length * model.config.width
     for module in model.modules():
         if isinstance(module, Attention):
             total += attention
+        elif isinstance(module, StackedBlocks):
+            total += attention * len(module.expert_ids)
+        elif isinstance(module, Coupling):
+            linears = [part for part in module.modules() if isinstance(part, nn.Linear)]
+            total += 6 * (_top_k(model) - 1) * sum(linear.weight.numel() for linear in linears)
         elif isinstance(module, Resonance):
             total += attention * module.iterations
             if module.iterations > 1:

@@ -15,7 +15,7 @@ from torch.nn.functional import layer_norm
 from sra_ds.config.model import MoEChannelConfig
 from sra_ds.model.context import Context
 from sra_ds.model.mixers.attention import attend, rotary_angles, rotate
-from sra_ds.moe.experts import build_experts
+from sra_ds.moe.experts import build_experts, even_counts
 from sra_ds.moe.placement import WHOLE
 
 THETA = 10_000.0
@@ -44,7 +44,7 @@ class StackedBlocks(nn.Module):
         width, tokens = x_BTD.shape[-1], update_END.shape[1]
         normed_END = layer_norm(x_BTD.reshape(1, -1, width) + update_END, (width,))
         normed_END = normed_END * self.norm_scale.unsqueeze(1) + self.norm_bias.unsqueeze(1)
-        counts_E = torch.full((len(self.expert_ids),), tokens, dtype=torch.int32).to(x_BTD.device)
+        counts_E = even_counts(len(self.expert_ids), tokens, x_BTD.device)
         rows_RD: Tensor = self.feed_forward(normed_END.flatten(0, 1).to(x_BTD.dtype), counts_E)
         return (update_END + rows_RD.view_as(update_END)).transpose(0, 1)
 

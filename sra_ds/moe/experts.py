@@ -94,6 +94,12 @@ class SwigluExperts(GroupedExperts):
         self.gate_weight = nn.Parameter(torch.empty(len(expert_ids), width, config.hidden))
 
 
+def even_counts(experts: int, rows: int, device: torch.device) -> Tensor:
+    """The counts of experts that are given as many rows each. Not by torch.full: torch 2.13 compiles the
+    cumulative sum of that to int64, whatever it is asked for."""
+    return torch.tensor([rows] * experts, dtype=torch.int32, device=device)
+
+
 FEED_FORWARDS: dict[type[Any], type[nn.Module]] = {
     GeluConfig: GeluFeedForward,
     SwigluConfig: SwigluFeedForward,

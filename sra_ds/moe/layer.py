@@ -8,13 +8,12 @@ same experts, their outputs kept apart until the end.
 from importlib import import_module
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sra_ds.config.model import MoEChannelConfig
 from sra_ds.moe.coupling import build_coupling
-from sra_ds.moe.experts import build_experts, build_feed_forward
+from sra_ds.moe.experts import build_experts, build_feed_forward, even_counts
 from sra_ds.moe.ghosts import background_error, unexplained
 from sra_ds.moe.placement import WHOLE, BackendName, Placement
 from sra_ds.moe.routers import build_router
@@ -158,7 +157,7 @@ class MoELayer(nn.Module):
         found["ghost_alpha"] = self.router.ghost_alpha_G.sum()
         awake = self.router.awake
         if self.config.ghosts.background and self.training and awake < len(self.ghosts):
-            every_1 = torch.full((1,), len(x_TD), dtype=torch.int32, device=x_TD.device)
+            every_1 = even_counts(1, len(x_TD), x_TD.device)
             guess_TD = self.ghosts[awake](x_TD.detach(), every_1)
             error = background_error(guess_TD, target_TD - out_TD, given.valid_T)
             found["penalties"] = {**facts.get("penalties", {}), "ghost": error}

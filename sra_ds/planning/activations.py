@@ -26,6 +26,7 @@ from sra_ds.config.model import (
     StaticMemoryConfig,
 )
 from sra_ds.planning.case import Case
+from sra_ds.planning.opened import opened_bytes
 
 FLOAT, INTEGER = 4, 8
 DELTA_CHUNK = 32
@@ -172,7 +173,9 @@ def _channel(case: Case) -> _Part:
     if case.layout.marked:
         padding = channel.experts // case.layout.ep * ROWS_OF_AN_EXPERT
         fixed = int(padding * (width * w + hidden + 2 * INTEGER))
-    return _Part(routes + shared, width * w + router, own_input, fixed)
+    visible = case.recipe.data.sequence_length if model.document_boundaries else 0
+    opened = opened_bytes(channel, width, w, _hidden(channel.expert, case), visible)
+    return _Part(routes + shared + opened, width * w + router, own_input, fixed)
 
 
 def _sparse_copies(channel: PrimeMaskedChannelConfig, width: int, w: int) -> int:

@@ -134,6 +134,12 @@ def set_group_learning_rate(engine: Any, name: str, value: float) -> None:
             group["lr"] = value
 
 
+def ghost_learning_rates(engine: Any) -> dict[str, float]:
+    """By the name of the ghost's group; none without ghosts."""
+    groups = engine.optimizer.param_groups
+    return {g["name"]: g["lr"] for g in groups if g.get("name", "").startswith("ghost")}
+
+
 def gathered(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
     """Within it these are whole on every process, to be read; at any stage. Collective."""
     context: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(list(parameters))

@@ -55,7 +55,7 @@ def engine_state(engine: Any) -> EngineState:
     weights = {name: whole_tensor(buffer) for name, buffer in buffers.items()}
     optimizer: dict[str, Fragment] = {}
     for name, parameter in engine.module.named_parameters():
-        if engine.zero_optimization_stage() == 0 and engine.global_rank >= ranges[name].parts:
+        if _replicated(engine, parameter) and engine.global_rank >= ranges[name].parts:
             continue  # the first processes hold the same and write it
         for piece in _pieces(engine, parameter):
             start = ranges[name].start + piece.start
@@ -119,10 +119,17 @@ def forget(engine: Any, parameters: Sequence[nn.Parameter]) -> None:
                     (piece.of(state) if piece.resembles(state) else state).zero_()
 
 
+def _replicated(engine: Any, parameter: nn.Parameter) -> bool:
+    """Whether each process has all of a parameter, and no optimizer keeps another copy of it."""
+    stage: int = engine.zero_optimization_stage()
+    return stage == 0 or (stage < 3 and not parameter.requires_grad)
+
+
 def _pieces(engine: Any, parameter: nn.Parameter) -> Iterator[Piece]:
-    """Where the optimizer keeps a parameter; nothing if this process steps none of it."""
+    """Where the optimizer keeps a parameter, or where it lies if it is frozen; nothing if this process
+    steps none of it."""
     stage, zero = engine.zero_optimization_stage(), engine.optimizer
-    if stage == 0:
+    if _replicated(engine, parameter):
         yield Piece(parameter, 0, parameter.numel(), 0)
     elif stage < 3:
         mapping = parameter._hp_mapping  # type: ignore[attr-defined]
@@ -131,11 +138,16 @@ def _pieces(engine: Any, parameter: nn.Parameter) -> Iterator[Piece]:
             flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
             yield Piece(flat, at.start, at.numel, local.start)
     else:
-        group, offset, share = zero.grad_position[zero.get_param_id(parameter)]
+        if parameter.requires_grad:
+            group, offset, share = zero.grad_position[zero.get_param_id(parameter)]
+            flat = zero.fp32_partitioned_groups_flat[group]
+        else:
+            flat = parameter.ds_tensor  # type: ignore[attr-defined]
+            offset, share = 0, flat.numel()
         start = share * parameter.ds_zero_partition_rank  # type: ignore[attr-defined]
         count = min(share, parameter.ds_numel - start)  # type: ignore[attr-defined]
         if count > 0:  # the last shares are padding
-            yield Piece(zero.fp32_partitioned_groups_flat[group], offset, count, start)
+            yield Piece(flat, offset, count, start)
 
 
 def _torch_optimizer(engine: Any) -> torch.optim.Optimizer:

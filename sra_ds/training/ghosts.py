@@ -49,7 +49,12 @@ class GhostKeeper:
         self.layers: list[MoELayer] = engine.module.routed_layers()
         self.saturation: list[float] | None = None
         self.streak = [0] * len(self.layers)
-        self.woken_at: list[list[int]] = [[] for _ in self.layers]
+        self.woken_at = [self._woken_before(layer) for layer in self.layers]
+
+    def _woken_before(self, layer: MoELayer) -> list[int]:
+        """When ghosts began to wake whose weights come, awake, from another run."""
+        awake = layer.router.ghost_alpha_G[: layer.router.awake].tolist()
+        return [-max(1, round(alpha * self.config.ramp_steps)) for alpha in awake]
 
     def on_step_start(self, step: int) -> None:
         """How awake every ghost is in this step, and how fast it learns."""
@@ -90,10 +95,13 @@ class GhostKeeper:
 
     def _wake(self, number: int, step: int) -> Awakening:
         assert self.saturation is not None
-        ghost = len(self.woken_at[number])
+        layer, ghost = self.layers[number], len(self.woken_at[number])
         self.woken_at[number].append(step)
         self.streak[number] = 0
-        forget(self.engine, self.layers[number].ghost_parameters(ghost))
+        forget(self.engine, layer.ghost_parameters(ghost))
+        if layer.config.ghosts.background and ghost + 1 < len(layer.ghosts):
+            # taught from now on; DeepSpeed, unlike torch, counted steps that had no gradient for it
+            forget(self.engine, layer.ghost_parameters(ghost + 1))
         return Awakening(number, ghost, self.saturation[number])
 
     def state_dict(self) -> dict[str, Any]:

@@ -138,6 +138,9 @@ class Health:
         for number, routing in enumerate(routings):
             tokens = float(routing.load_E.sum()) / routing.expert_ids_TK.shape[1]
             layer: dict[str, Any] = load_summary(routing.load_E, tokens)
+            if isinstance(self.channel, MoEChannelConfig) and self.channel.ghosts.count:
+                theirs = routing.load_E[self.channel.experts :].sum()
+                layer["ghost_share"] = float(theirs / routing.load_E.sum().clamp(min=1))
             layer["load_histogram"] = load_histogram(routing.load_E)
             layer["dead_fraction"] = dead[number] / len(routing.load_E)
             layer["probs_max"] = float(routing.mean_probs_E.max())

@@ -36,7 +36,11 @@ from sra_ds.training.controllers import (
     learning_rate,
 )
 from sra_ds.training.ds_config import BatchPlan
-from sra_ds.training.engine import plain_gradient_norm, set_learning_rate
+from sra_ds.training.engine import (
+    ghost_learning_rates,
+    plain_gradient_norm,
+    set_learning_rate,
+)
 from sra_ds.training.engine_state import engine_state
 from sra_ds.training.feed import Feed
 from sra_ds.training.health import NOT_FORWARD, Health, first_non_finite
@@ -190,6 +194,8 @@ class Trainer:
         last = self.step == self.recipe.training.steps
         if self.step % self.recipe.logging.every == 0 or last:
             experts = self.health.facts(facts.seen.routings)
+            if ghosts := ghost_learning_rates(self.engine):
+                line["ghost_learning_rates"] = ghosts
             if facts.haltings:
                 line["halting"] = [halting_summary(*halting) for halting in facts.haltings]
             log.record({**line, **experts})

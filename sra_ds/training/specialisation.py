@@ -21,6 +21,7 @@ from sra_ds.data.loader import Batch
 from sra_ds.errors import ConfigError
 from sra_ds.metrics import specialisation
 from sra_ds.model.init import generator
+from sra_ds.moe.experts import even_counts
 from sra_ds.moe.layer import MoELayer
 from sra_ds.training.anchors import router_inputs
 from sra_ds.training.controllers import Event, Seen
@@ -154,7 +155,7 @@ def all_outputs(engine: Any, layers: Sequence[MoELayer], batch: Batch, tokens: i
     for layer, x_ND in zip(layers, inputs, strict=True):
         experts, x_ND = layer.backend.experts, x_ND[:tokens]
         count = len(experts.expert_ids)
-        counts_E = torch.full((count,), len(x_ND), dtype=torch.int32, device=x_ND.device)
+        counts_E = even_counts(count, len(x_ND), x_ND.device)
         training = experts.training
         experts.eval()
         with gathered(list(experts.parameters())):

@@ -139,6 +139,18 @@ def test_t12_flops_are_six_per_active_weight_and_half_the_attention_square(
         expected += LAYERS * 6 * 3 * 2 * 8**2
     if family == "resonance":  # the table once more, forwards only; 3 of 8 slots are read
         expected += 2 * VOCABULARY * TABLE - LAYERS * 6 * (8 - 3) * 6
+    if family == "moe-block":
+        expected += EXPERTS * attention
+    maps = {
+        "moe-gnn": (3, 2 * (2 * WIDTH + 3 * WIDTH * RANK)),
+        "moe-hgnn": (3, 2 * (HYPERGRAPH + 6 * WIDTH)),
+        "moe-learned-hyperedges": (2, HYPERGRAPH),
+        "moe-block": (4, 2 * (2 * WIDTH + 3 * WIDTH * RANK)),
+        "moe-ghost": (2, HYPERGRAPH),
+    }
+    if family in maps:  # once for each expert of a token; the first is among the active weights
+        top_k, weights = maps[family]
+        expected += LAYERS * 6 * (top_k - 1) * weights
     assert flops_per_token(model, length) == expected
 
 

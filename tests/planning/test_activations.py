@@ -42,6 +42,25 @@ RESONANT = {
 }
 
 
+OPENED = {
+    "gnn": ("gnn-moe", []),
+    "hgnn": ("hgnn-moe", []),
+    "gated hyperedges": (
+        "hgnn-moe",
+        ["model.channel.coupling.token_gate=true", "model.channel.coupling.rounds=2"],
+    ),
+    "compared": ("moe-small", ["model.channel.compare_outputs=true"]),
+    "ghosts": ("moe-small", ["model.channel.ghosts={count: 2, background: true}"]),
+    "expert blocks": (
+        "moe-small",
+        [
+            *("model.channel.experts=4", "model.channel.top_k=4"),
+            "model.channel.expert_kind=block",
+        ],
+    ),
+}
+
+
 def saved_bytes(recipe) -> int:
     """Of one forward pass, every storage once, without the parameters."""
     model = build_model(recipe).train()
@@ -90,10 +109,11 @@ def test_kept_activations_are_what_autograd_saves(name, checkpointed, kernels):
 
 
 @pytest.mark.parametrize(
-    ("name", "kernels"), [*((name, "auto") for name in RESONANT), ("blocks", "reference")]
+    ("name", "kernels"),
+    [*((name, "auto") for name in [*RESONANT, *OPENED]), ("blocks", "reference")],
 )
-def test_kept_activations_of_the_resonance_parts(name, kernels):
-    start, overrides = RESONANT[name]
+def test_kept_activations_of_the_other_families(name, kernels):
+    start, overrides = {**RESONANT, **OPENED}[name]
     recipe = load_recipe(start, [*COMMON, *SMALL_HEAD, *overrides])
     with use_kernels(kernels):
         counted, compiled = saved_bytes(recipe), "cpu" in extension().devices
