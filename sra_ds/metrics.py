@@ -1,6 +1,7 @@
 """Summaries of routing and halting: pure functions of facts, for logs, progress bars and reports."""
 
 from collections.abc import Sequence
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -116,9 +117,13 @@ def specialisation(outputs_END: Tensor) -> float:
     has nothing in common. Cosines of weights would say 1 of any random matrices."""
     outputs = outputs_END.double()
     centred_END = outputs - outputs.mean(1, keepdim=True)
-    experts = len(centred_END)
-    crossed = torch.einsum("end,fng->efdg", centred_END, centred_END).square().sum((2, 3))
-    own_E = crossed.diagonal().sqrt()
-    similar_EE = crossed / (own_E[:, None] * own_E[None, :]).clamp(min=1e-300)
-    pairs = torch.triu_indices(experts, experts, 1)
-    return float(1 - similar_EE[pairs[0], pairs[1]].mean())
+
+    def shared(first_ND: Tensor, second_ND: Tensor) -> float:
+        return float((first_ND.T @ second_ND).square().sum())
+
+    own = [shared(each_ND, each_ND) ** 0.5 for each_ND in centred_END]
+    similar = [
+        shared(centred_END[i], centred_END[j]) / max(own[i] * own[j], 1e-300)
+        for i, j in combinations(range(len(own)), 2)
+    ]
+    return 1.0 - float(sum(similar)) / len(similar)

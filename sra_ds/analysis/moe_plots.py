@@ -30,7 +30,7 @@ def moe_figures(metrics: Metrics, connections: list[Connections]) -> dict[str, F
     measured = [line for line in metrics if "specialisation" in line]
     if measured:
         figures["specialisation"] = specialisation_figure(measured)
-    steps = [line for line in metrics if "layer0/saturation" in line.get("facts", {})]
+    steps = [line for line in metrics if "saturation" in line]
     if steps:
         woken = [line for line in metrics if "ghost" in line]
         figures["ghosts"] = ghosts_figure(steps, woken)
@@ -99,11 +99,10 @@ def specialisation_figure(measured: Metrics) -> Figure:
 def ghosts_figure(steps: Metrics, woken: Metrics) -> Figure:
     """Saturation of each layer and how awake its ghosts are; marks where one began to wake."""
     figure, (left, right) = row_of(2)
-    layers = sum(name.endswith("/saturation") for name in steps[-1]["facts"])
     x = [line["step"] for line in steps]
-    for layer in range(layers):
+    for layer in range(len(steps[-1]["saturation"])):
         facts = [line["facts"] for line in steps]
-        (drawn,) = left.plot(x, [own[f"layer{layer}/saturation"] for own in facts])
+        (drawn,) = left.plot(x, [line["saturation"][layer] for line in steps])
         for line in woken:
             if line["ghost"]["layer"] == layer:
                 left.plot(line["step"], line["ghost"]["saturation"], "v", color=drawn.get_color())

@@ -100,7 +100,8 @@ class LossesConfig(Part):
     """Weight of the squared size of the change of weights that a static memory makes."""
     orthogonality_weight: float = Field(0.1, ge=0)
     """Weight of how alike the outputs of a token's experts are, with `model.channel.compare_outputs`."""
-    ghost_weight: float = Field(0.1, ge=0)
-    """Weight of the error of a ghost that learns before it is chosen, with `ghosts.background`."""
+    ghost_weight: float = Field(1e-3, ge=0)
+    """Weight of the error of a ghost that learns before it is chosen, with `ghosts.background`. Small:
+    all gradients are clipped together, and Adam does not mind."""
     supervision_weight: float = Field(0.3, ge=0)
     """Weight of the loss of the distributions before the last, with `model.head.deep_supervision`."""

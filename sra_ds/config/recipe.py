@@ -60,6 +60,8 @@ class Recipe(Part):
             raise ValueError("training.selection_bias_rate needs a router with scores")
         if isinstance(channel, MoEChannelConfig) and training.top_k_schedule:
             ks = [int(k) for _, k in training.top_k_schedule]
+            if channel.expert_kind == "block" and min(ks) < channel.experts:
+                raise ValueError("training.top_k_schedule: expert_kind=block runs all experts")
             if max(ks) > channel.experts or ks[-1] != channel.top_k:
                 raise ValueError(
                     f"training.top_k_schedule must stay within experts={channel.experts} and end "
@@ -152,6 +154,17 @@ class Recipe(Part):
         known = ghosts is not None and (ghosts.count or ghosts.background)
         if training.ghosts is not None and not known:
             raise ValueError("training.ghosts needs model.channel.ghosts.count")
+        taught = ghosts is not None and ghosts.count and ghosts.background
+        if taught and not self.losses.ghost_weight:
+            raise ValueError(
+                "model.channel.ghosts.background teaches nothing with losses.ghost_weight=0"
+            )
+        constant = training.schedule.kind == "constant"
+        if training.ghosts is not None and constant and training.ghosts.learning_rate == "inverse":
+            raise ValueError(
+                "training.ghosts.learning_rate=inverse is 0 at the peak, where "
+                "training.schedule.kind=constant stays: use same or complementary"
+            )
         if ghosts is not None and ghosts.count and training.remedies.active:
             raise ValueError(
                 "training.remedies judge a fixed set of experts and model.channel.ghosts add to it; "

@@ -104,8 +104,7 @@ def flops_per_token(model: LanguageModel, sequence_length: int) -> float:
         elif isinstance(module, StackedBlocks):
             total += attention * len(module.expert_ids)
         elif isinstance(module, Coupling):
-            linears = [part for part in module.modules() if isinstance(part, nn.Linear)]
-            total += 6 * (_top_k(model) - 1) * sum(linear.weight.numel() for linear in linears)
+            total += 6 * (_top_k(model) - 1) * sum(map_.numel() for map_ in module.maps())
         elif isinstance(module, Resonance):
             total += attention * module.iterations
             if module.iterations > 1:

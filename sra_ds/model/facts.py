@@ -63,7 +63,7 @@ def collect(found: dict[str, Facts]) -> Collected:
         f"{where}/{name}": value
         for where, facts in found.items()
         for name, value in facts.items()
-        if name == "saturation" or name not in KINDS
+        if name not in KINDS
     }
     return Collected(
         of_kind("routing"),

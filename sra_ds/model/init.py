@@ -164,10 +164,13 @@ def _graph_round(module: GraphRound, residual_std: float, seed: int, name: str) 
 
 def _hypergraph_round(module: HypergraphRound, residual_std: float, seed: int, name: str) -> None:
     del residual_std
+    if module.asks_MD is not None:
+        _normal(module.asks_MD, STD, seed, name, "asks")
     if module.raw_weight_M is not None:
         module.raw_weight_M.fill_(UNIT_WEIGHT)
     if module.config.incidence == "learned":
-        _normal(module.membership_EM, 1.0, seed, name, "membership")
+        for expert, row_M in enumerate(module.membership_EM):
+            _normal(row_M, 1.0, seed, name, "membership", expert)
     else:
         module.incidence_EM.copy_(module.make_incidence())
 

@@ -4,9 +4,10 @@
            a_ij = sigmoid(A_ij),  c_ij = sigmoid(u.h_i + v.h_j + b),  j another active expert
     hgnn   h'_i = h_i + gelu(U V sum_j P_ij h_j),  P = D^-1 H W B^-1 H^T (`sra_ds.ops.hypergraph`)
 
-A map of each token's own outputs, hence causal. U starts at zero: at the start nothing is coupled. An
-expert beyond the coupled ones (a ghost) neither speaks nor hears. Letters: T tokens, K experts per token,
-E experts, M hyperedges, D width, R rank of the messages.
+A map of each token's own outputs, hence causal. U starts at zero: at the start nothing is coupled. Ghosts
+are experts like others once they are awake; a hyperedge with a member that sleeps is not there, so that
+sleeping ghosts change no bit. Letters: T tokens, K experts per token, E experts and ghosts, the first
+`slots` of which are awake, M hyperedges, D width, R rank of the messages.
 """
 
 import math
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from sra_ds.config.model import GraphCouplingConfig, HypergraphCouplingConfig
 from sra_ds.moe.experts import ZeroLinear
-from sra_ds.ops.hypergraph import members, propagation
+from sra_ds.ops.hypergraph import propagation
 from sra_ds.ops.precision import at_least_float32
 
 UNIT_WEIGHT = math.log(math.e - 1)
@@ -30,7 +31,6 @@ class GraphRound(nn.Module):
 
     def __init__(self, config: GraphCouplingConfig, experts: int, width: int) -> None:
         super().__init__()
-        self.experts = experts
         self.edge_logit_EE = nn.Parameter(torch.empty(experts, experts))
         self.hears = nn.Linear(width, 1)
         self.speaks = nn.Linear(width, 1, bias=False)
@@ -38,32 +38,31 @@ class GraphRound(nn.Module):
         self.own = nn.Linear(width, config.rank, bias=False)
         self.out = ZeroLinear(config.rank, width, bias=False)
 
-    def forward(self, h_TKD: Tensor, ids_TK: Tensor) -> Tensor:
-        """One round."""
-        active_TK = ids_TK < self.experts
-        mix_TKK = self.mix(h_TKD, ids_TK, active_TK).to(h_TKD.dtype)
-        heard_TKD = self.out(mix_TKK @ self.message(h_TKD) + self.own(h_TKD))
-        return h_TKD + F.gelu(heard_TKD) * active_TK.unsqueeze(-1)
+    def forward(self, h_TKD: Tensor, ids_TK: Tensor, slots: int) -> Tensor:
+        """One round; a token's experts are awake, whatever `slots`."""
+        del slots
+        mix_TKK = self.mix(h_TKD, ids_TK).to(h_TKD.dtype)
+        return h_TKD + F.gelu(self.out(mix_TKK @ self.message(h_TKD) + self.own(h_TKD)))
 
-    def mix(self, h_TKD: Tensor, ids_TK: Tensor, active_TK: Tensor) -> Tensor:
+    def mix(self, h_TKD: Tensor, ids_TK: Tensor) -> Tensor:
         """M: how much expert k of a token hears of each other, in float32 at least."""
-        ids_TK = ids_TK.clamp(max=self.experts - 1)
         logits_EE = at_least_float32(self.edge_logit_EE)
         edges_TKK = torch.sigmoid(logits_EE[ids_TK.unsqueeze(2), ids_TK.unsqueeze(1)])
         spoken_T1K = at_least_float32(self.speaks(h_TKD)).transpose(1, 2)
         gates_TKK = torch.sigmoid(at_least_float32(self.hears(h_TKD)) + spoken_T1K)
-        both_TKK = active_TK.unsqueeze(2) & active_TK.unsqueeze(1)
-        itself = torch.eye(ids_TK.shape[1], dtype=torch.bool, device=ids_TK.device)
-        others_T11 = (active_TK.sum(-1) - 1).clamp(min=1).view(-1, 1, 1)
-        return edges_TKK * gates_TKK * (both_TKK & ~itself) / others_T11
+        top_k = ids_TK.shape[1]
+        others_KK = 1 - torch.eye(top_k, dtype=gates_TKK.dtype, device=ids_TK.device)
+        return edges_TKK * gates_TKK * others_KK / max(1, top_k - 1)
 
     @torch.no_grad()
-    def strengths(self) -> Tensor:
-        """a_ij, how open the edge from expert j to expert i is; E x E, 0 on the diagonal."""
-        return torch.sigmoid(self.edge_logit_EE.float()).fill_diagonal_(0.0)
+    def strengths(self, slots: int) -> Tensor:
+        """a_ij, how open the edge from expert j to expert i is, of those awake; 0 on the diagonal."""
+        awake_SS = self.edge_logit_EE[:slots, :slots]
+        return torch.sigmoid(awake_SS.float()).fill_diagonal_(0.0)
 
-    def hyperedges(self) -> dict[str, float]:
+    def hyperedges(self, slots: int) -> dict[str, float]:
         """A graph has none."""
+        del slots
         return {}
 
 
@@ -84,7 +83,7 @@ class HypergraphRound(nn.Module):
             self.register_buffer("incidence_EM", incidence_EM, persistent=False)
         # the weight of a single hyperedge is divided out again
         self.raw_weight_M = nn.Parameter(torch.empty(count)) if count > 1 else None
-        self.asks = nn.Linear(width, count, bias=False) if config.token_gate else None
+        self.asks_MD = nn.Parameter(torch.empty(count, width)) if config.token_gate else None
         self.message = nn.Linear(width, config.rank, bias=False)
         self.out = ZeroLinear(config.rank, width, bias=False)
 
@@ -96,51 +95,54 @@ class HypergraphRound(nn.Module):
                 incidence_EM[list(own), edge] = 1.0
         return incidence_EM
 
-    def forward(self, h_TKD: Tensor, ids_TK: Tensor) -> Tensor:
+    def forward(self, h_TKD: Tensor, ids_TK: Tensor, slots: int) -> Tensor:
         """One round."""
-        incidence_EM = self.incidence()
-        weights = self.weights()
-        if self.asks is not None:
-            weights = weights * self.token_gates(h_TKD, members(incidence_EM, ids_TK))
-        mix_TKK = propagation(incidence_EM, weights, ids_TK).to(h_TKD.dtype)
-        heard_TKD = self.out(mix_TKK @ self.message(h_TKD))
-        active_TK1 = (ids_TK < self.experts).unsqueeze(-1)
-        return h_TKD + F.gelu(heard_TKD) * active_TK1
+        incidence_SM, weights = self.incidence(slots), self.weights(slots)
+        if self.asks_MD is not None:
+            weights = weights * self.token_gates(h_TKD, incidence_SM[ids_TK])
+        mix_TKK = propagation(incidence_SM, weights, ids_TK).to(h_TKD.dtype)
+        return h_TKD + F.gelu(self.out(mix_TKK @ self.message(h_TKD)))
 
-    def incidence(self) -> Tensor:
-        """H, E x M: fixed, or of each learned set its strongest members, as open as they are."""
+    def incidence(self, slots: int) -> Tensor:
+        """H of the experts that are awake: fixed, or the strongest members of each learned set, as open
+        as they are."""
         if self.config.incidence != "learned":
-            return self.incidence_EM
-        strength_EM = torch.sigmoid(at_least_float32(self.membership_EM))
-        chosen = strength_EM.detach().topk(self.config.members, dim=0).indices
-        return strength_EM * torch.zeros_like(strength_EM).scatter(0, chosen, 1.0)
+            return self.incidence_EM[:slots, : self.count(slots)]
+        strength_SM = torch.sigmoid(at_least_float32(self.membership_EM[:slots]))
+        chosen = strength_SM.detach().topk(self.config.members, dim=0).indices
+        return strength_SM * torch.zeros_like(strength_SM).scatter(0, chosen, 1.0)
 
-    def weights(self) -> Tensor:
-        """w, M: positive, 1 at the start."""
+    def count(self, slots: int) -> int:
+        """Hyperedges all of whose members are awake."""
+        return len(self.config.sets(slots)) or self.config.hyperedges
+
+    def weights(self, slots: int) -> Tensor:
+        """w of the hyperedges that are there: positive, 1 at the start."""
         if self.raw_weight_M is None:
             return torch.ones((), device=self.message.weight.device).expand(1)
-        return F.softplus(at_least_float32(self.raw_weight_M))
+        return F.softplus(at_least_float32(self.raw_weight_M[: self.count(slots)]))
 
     def token_gates(self, h_TKD: Tensor, member_TKM: Tensor) -> Tensor:
         """sigmoid(q_m . mean of h over the members of m that are active), T x M."""
-        assert self.asks is not None
-        said_TKM = at_least_float32(self.asks(h_TKD))
+        assert self.asks_MD is not None
+        said_TKM = at_least_float32(h_TKD @ self.asks_MD[: member_TKM.shape[-1]].T)
         size_TM = member_TKM.sum(1).clamp(min=1e-6)
         return torch.sigmoid((said_TKM * member_TKM).sum(1) / size_TM)
 
     @torch.no_grad()
-    def strengths(self) -> Tensor:
-        """P with every expert active, E x E; token gates left out."""
-        every = torch.arange(self.experts, device=self.message.weight.device)
-        return propagation(self.incidence(), self.weights(), every.unsqueeze(0))[0].float()
+    def strengths(self, slots: int) -> Tensor:
+        """P with every expert that is awake active, S x S; token gates left out."""
+        every = torch.arange(slots, device=self.message.weight.device)
+        mix_1SS = propagation(self.incidence(slots), self.weights(slots), every.unsqueeze(0))
+        return mix_1SS[0].float()
 
     @torch.no_grad()
-    def hyperedges(self) -> dict[str, float]:
+    def hyperedges(self, slots: int) -> dict[str, float]:
         """The weight of each hyperedge by the numbers of its members."""
-        incidence_EM = self.incidence()
-        names = ["-".join(map(str, own.nonzero().flatten().tolist())) for own in incidence_EM.T]
+        incidence_SM = self.incidence(slots)
+        names = ["-".join(map(str, own.nonzero().flatten().tolist())) for own in incidence_SM.T]
         found = dict.fromkeys(names, 0.0)
-        for name, weight in zip(names, self.weights().tolist(), strict=True):
+        for name, weight in zip(names, self.weights(slots).tolist(), strict=True):
             found[name] += weight  # learned sets may coincide
         return found
 
@@ -152,7 +154,7 @@ ROUNDS: dict[type[Any], type[nn.Module]] = {
 
 
 class Coupling(nn.Module):
-    """h_TKD, ids_TK -> h_TKD, round after round."""
+    """h_TKD, ids_TK, slots -> h_TKD, round after round."""
 
     def __init__(
         self, config: GraphCouplingConfig | HypergraphCouplingConfig, experts: int, width: int
@@ -161,10 +163,17 @@ class Coupling(nn.Module):
         made = ROUNDS[type(config)]
         self.rounds = nn.ModuleList(made(config, experts, width) for _ in range(config.rounds))
 
-    def forward(self, h_TKD: Tensor, ids_TK: Tensor) -> Tensor:
-        """Outputs of each token's experts, coupled."""
+    def maps(self) -> list[nn.Parameter]:
+        """What is multiplied with the output of each expert of a token."""
+        tables = ("edge_logit_EE", "membership_EM")
+        return [
+            p for name, p in self.named_parameters() if p.dim() == 2 and not name.endswith(tables)
+        ]
+
+    def forward(self, h_TKD: Tensor, ids_TK: Tensor, slots: int) -> Tensor:
+        """Outputs of each token's experts, coupled; `slots` experts are awake."""
         for each in self.rounds:
-            h_TKD = each(h_TKD, ids_TK)
+            h_TKD = each(h_TKD, ids_TK, slots)
         return h_TKD
 
 

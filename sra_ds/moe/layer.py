@@ -8,6 +8,7 @@ same experts, their outputs kept apart until the end.
 from importlib import import_module
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,6 +19,7 @@ from sra_ds.moe.ghosts import background_error, unexplained
 from sra_ds.moe.placement import WHOLE, BackendName, Placement
 from sra_ds.moe.routers import build_router
 from sra_ds.moe.routing import Routing
+from sra_ds.ops.dispatch import combine, plan_of_tokens
 from sra_ds.ops.output_overlap import output_overlap
 from sra_ds.ops.precision import at_least_float32
 
@@ -66,7 +68,7 @@ class MoELayer(nn.Module):
         experts, ghosts = config.experts, config.ghosts.count
         self.router: Any = build_router(config.router, width, experts, config.top_k, ghosts)
         self.backend: Any = build_backend(config, width, WHOLE) if backend is None else backend
-        self.coupling = build_coupling(config.coupling, experts, width)
+        self.coupling = build_coupling(config.coupling, experts + ghosts, width)
         self.ghosts = nn.ModuleList(
             build_experts(config.expert, range(experts + g, experts + g + 1), width)
             for g in range(ghosts)
@@ -104,12 +106,15 @@ class MoELayer(nn.Module):
     ) -> tuple[Tensor, dict[str, Any]]:
         """The sum by the gates, and what the outputs of the routes say."""
         ids_TK, rows_TKD = routing.expert_ids_TK, self.routes(x_TD, routing, given)
-        coupled_TKD = rows_TKD if self.coupling is None else self.coupling(rows_TKD, ids_TK)
-        gated_TKD = at_least_float32(coupled_TKD) * routing.gates_TK.unsqueeze(-1)
-        out_TD = gated_TKD.sum(1).to(x_TD.dtype)
+        coupled_TKD = rows_TKD
+        if self.coupling is not None:
+            coupled_TKD = self.coupling(rows_TKD, ids_TK, self.router.slots)
+        out_TD = combine(coupled_TKD.flatten(0, 1), routing.gates_TK, plan_of_tokens(ids_TK))
         facts: dict[str, Any] = {}
         if self.coupling is not None:
             facts["coupled_share"] = _relative_size(coupled_TKD - rows_TKD, rows_TKD)
+        if not self.training:
+            return out_TD, facts
         if self.config.compare_outputs or self.ghosts:
             facts |= self._compared(rows_TKD, routing, given)
         if self.ghosts and given.mixed_TD is not None:
@@ -148,7 +153,7 @@ class MoELayer(nn.Module):
         assert given.mixed_TD is not None
         target_TD = (given.mixed_TD + out_TD).detach()
         left = unexplained(target_TD, rows_TKD.detach(), given.valid_T)
-        apart = 1 - facts["overlap"]
+        apart = 1 - facts["overlap"] if rows_TKD.shape[1] > 1 else torch.zeros_like(left)
         found: dict[str, Any] = {
             "apartness": apart,
             "unexplained": left,
@@ -156,10 +161,10 @@ class MoELayer(nn.Module):
         }
         found["ghost_alpha"] = self.router.ghost_alpha_G.sum()
         awake = self.router.awake
-        if self.config.ghosts.background and self.training and awake < len(self.ghosts):
+        if self.config.ghosts.background and awake < len(self.ghosts):
             every_1 = even_counts(1, len(x_TD), x_TD.device)
             guess_TD = self.ghosts[awake](x_TD.detach(), every_1)
-            error = background_error(guess_TD, target_TD - out_TD, given.valid_T)
+            error = background_error(guess_TD, given.mixed_TD, given.valid_T)
             found["penalties"] = {**facts.get("penalties", {}), "ghost": error}
         return found
 

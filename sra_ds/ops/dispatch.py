@@ -40,6 +40,12 @@ def plan_dispatch(expert_ids_TK: Tensor, experts: int) -> DispatchPlan:
     return DispatchPlan(order_R, inverse_R, counts_E)
 
 
+def plan_of_tokens(expert_ids_TK: Tensor) -> DispatchPlan:
+    """The plan of routes that lie in the order of their tokens, for `combine`; it counts nothing."""
+    order_R = torch.arange(expert_ids_TK.numel(), device=expert_ids_TK.device)
+    return DispatchPlan(order_R, order_R, order_R[:0].int())
+
+
 def dispatch(x_TD: Tensor, plan: DispatchPlan) -> Tensor:
     """Rows of `x_TD`, one per route, in expert order: x_RD."""
     result: Tensor

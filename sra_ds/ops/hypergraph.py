@@ -20,10 +20,9 @@ EPS = 1e-6
 def propagation(incidence_EM: Tensor, weights: Tensor, ids_TK: Tensor) -> Tensor:
     """P of each token among its experts, T x K x K. `weights` of the hyperedges are M, or T x M.
 
-    An expert beyond the incidence's rows, or in no hyperedge, hears nothing: its row is zero. In float32
-    at least.
+    An expert in no hyperedge hears nothing: its row is zero. In float32 at least.
     """
-    member_TKM = members(incidence_EM, ids_TK)
+    member_TKM = at_least_float32(incidence_EM)[ids_TK]
     weights = at_least_float32(weights)
     weighted_TKM = member_TKM * (weights if weights.dim() == 1 else weights.unsqueeze(1))
     degree_TK1 = weighted_TKM.sum(-1, keepdim=True).clamp(min=EPS)
@@ -40,11 +39,3 @@ def propagation_reference(incidence_EM: Tensor, weights_M: Tensor, ids_TK: Tenso
         inverse_B = torch.diag(1 / H.sum(0).clamp(min=EPS))
         found.append(inverse_D @ H @ torch.diag(weights_M) @ inverse_B @ H.T)
     return torch.stack(found)
-
-
-def members(incidence_EM: Tensor, ids_TK: Tensor) -> Tensor:
-    """Rows of the incidence for each token's experts, T x K x M; zero for an expert beyond it."""
-    incidence_EM = at_least_float32(incidence_EM)
-    known = ids_TK < len(incidence_EM)
-    rows_TKM = incidence_EM[ids_TK.clamp(max=len(incidence_EM) - 1)]
-    return rows_TKM * known.unsqueeze(-1)

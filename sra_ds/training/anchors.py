@@ -47,7 +47,8 @@ def router_inputs(routers: Sequence[nn.Module], forward: nn.Module, batch: Batch
     inputs: list[Tensor] = []
     handles = [router.register_forward_pre_hook(_keep(inputs)) for router in routers]
     forward.eval()
-    forward(*batch)
+    with torch.compiler.set_stance("force_eager"):  # compiled blocks do not see new hooks
+        forward(*batch)
     forward.train(training)
     for handle in handles:
         handle.remove()

@@ -194,6 +194,8 @@ class Trainer:
         last = self.step == self.recipe.training.steps
         if self.step % self.recipe.logging.every == 0 or last:
             experts = self.health.facts(facts.seen.routings)
+            if facts.seen.saturations:
+                line["saturation"] = [float(own) for own in facts.seen.saturations]
             if ghosts := ghost_learning_rates(self.engine):
                 line["ghost_learning_rates"] = ghosts
             if facts.haltings:

@@ -10,7 +10,7 @@ weight onto itself, so that it decays whatever it sees; this one is bounded and 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -104,14 +104,18 @@ class Specialisation:
 
     def measure(self, step: int) -> list[float]:
         """The score of every layer on tokens of a step's batch. Collective."""
-        outputs = all_outputs(self.engine, self.layers, self.batch_of(step), self.config.tokens)
-        found = []
-        for number, outputs_END in enumerate(outputs):
-            drawn = torch.randperm(
-                len(outputs_END), generator=generator(self.seed, "specialisation", number)
-            )
-            found.append(specialisation(outputs_END[drawn[:MOST_EXPERTS].to(outputs_END.device)]))
-        return found
+        batch = first_windows(self.batch_of(step), self.config.tokens)
+        experts = self.layers[0].config.experts
+        drawn = [
+            torch.randperm(experts, generator=generator(self.seed, "specialisation", number))
+            for number in range(len(self.layers))
+        ]
+        drawn = [order_E[:MOST_EXPERTS].sort().values for order_E in drawn]
+        outputs = all_outputs(self.engine, self.layers, batch, self.config.tokens)
+        return [
+            specialisation(outputs_END[own_E.to(outputs_END.device)])
+            for outputs_END, own_E in zip(outputs, drawn, strict=True)
+        ]
 
     def _move(self, scores: list[float]) -> list[int]:
         """New weights; the layers that collapsed."""
@@ -144,26 +148,34 @@ class Specialisation:
             self._set_weights()
 
 
+def first_windows(batch: Batch, tokens: int) -> Batch:
+    """As many windows of a batch as hold so many tokens."""
+    count = -(-tokens // batch.ids_BT.shape[1])
+    cut = (None if part is None else part[:count] for part in batch)
+    return Batch(*cut)  # type: ignore[arg-type]
+
+
 @torch.no_grad()
-def all_outputs(engine: Any, layers: Sequence[MoELayer], batch: Batch, tokens: int) -> list[Tensor]:
+def all_outputs(
+    engine: Any, layers: Sequence[MoELayer], batch: Batch, tokens: int
+) -> Iterator[Tensor]:
     """What every expert of each layer, ghosts left out, says to the first real tokens of a batch,
-    E x N x D, without dropout. Collective."""
+    E x N x D, without dropout, layer by layer. Collective."""
     if layers[0].config.expert_kind == "block":
-        return _block_outputs(engine, layers, batch, tokens)
-    found = []
+        yield from _block_outputs(engine, layers, batch, tokens)
+        return
     inputs = router_inputs([layer.router for layer in layers], engine, batch)
     for layer, x_ND in zip(layers, inputs, strict=True):
         experts, x_ND = layer.backend.experts, x_ND[:tokens]
         count = len(experts.expert_ids)
-        counts_E = even_counts(count, len(x_ND), x_ND.device)
         training = experts.training
         experts.eval()
         with gathered(list(experts.parameters())):
             # past the module's hooks, which would give the weights back before they are used
+            counts_E = even_counts(count, len(x_ND), x_ND.device)
             rows_RD = experts.forward(x_ND.repeat(count, 1), counts_E)
         experts.train(training)
-        found.append(rows_RD.view(count, len(x_ND), -1))
-    return found
+        yield rows_RD.view(count, len(x_ND), -1)
 
 
 def _block_outputs(
@@ -180,7 +192,8 @@ def _block_outputs(
     handles = [layer.backend.register_forward_hook(keep) for layer in layers]
     training = engine.training
     engine.eval()
-    engine(*batch)
+    with torch.compiler.set_stance("force_eager"):  # compiled blocks do not see new hooks
+        engine(*batch)
     engine.train(training)
     for handle in handles:
         handle.remove()

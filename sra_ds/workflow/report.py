@@ -68,11 +68,12 @@ def draw_figures(loaded: LoadedRun, run: RunDir) -> list[Path]:
         for name, module in first.named_modules()
         if isinstance(module, SparseLinear)
     }
-    rounds = [layer.coupling.rounds[-1] for layer in loaded.model.routed_layers() if layer.coupling]
-    connections = [
-        Connections(one.strengths().cpu().numpy(), one.hyperedges())  # type: ignore[operator]
-        for one in rounds
-    ]
+    connections = []
+    for layer in loaded.model.routed_layers():
+        if layer.coupling is not None:
+            last: Any = layer.coupling.rounds[-1]
+            strengths = last.strengths(layer.router.slots).cpu().numpy()
+            connections.append(Connections(strengths, last.hyperedges(layer.router.slots)))
     return draw_run(run.metrics(), Shown(load_LE, grams, masks, connections), run.figures)
 
 

@@ -164,7 +164,7 @@ def test_grammar_is_told_from_meaning(planted: Analysis) -> None:
 def test_the_layer_is_measured_as_it_was_built(planted: Analysis) -> None:
     """Each token type has one expert, and no two experts share one."""
     measures = planted.measures[0]
-    shares = planted.load_LE[0] / planted.load_LE[0].sum()
+    shares = planted.loads[0] / planted.loads[0].sum()
     assert measures["token_divergence"].value == pytest.approx(1.0, abs=1e-5)
     assert measures["vocabulary_specialisation"].value == 1.0
     assert measures["vocabulary_specialisation"].chance == pytest.approx((shares**2).sum())

@@ -73,7 +73,9 @@ def stub(
 
     def forward(ids_BT: torch.Tensor, targets_BT: torch.Tensor, *_: object) -> ModelOutput:
         nll_BT = nll_of(ids_BT, targets_BT).double()
-        return ModelOutput([], {}, [], [], {}, token_nll_BT=nll_BT, correct_BT=targets_BT % 2 == 0)
+        return ModelOutput(
+            [], {}, [], [], [], {}, token_nll_BT=nll_BT, correct_BT=targets_BT % 2 == 0
+        )
 
     return forward
 

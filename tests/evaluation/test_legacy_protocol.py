@@ -66,7 +66,7 @@ def losses(real: float, first_pad: float, later_pad: float):
     def model(ids_BT: torch.Tensor, targets_BT: torch.Tensor) -> ModelOutput:
         pad = targets_BT == 0
         nll = torch.where(pad, torch.where(ids_BT == 0, later_pad, first_pad), real)
-        return ModelOutput([], {}, [], [], {}, token_nll_BT=nll, correct_BT=pad)
+        return ModelOutput([], {}, [], [], [], {}, token_nll_BT=nll, correct_BT=pad)
 
     return model
 

@@ -99,7 +99,7 @@ def test_a_card_says_what_an_expert_is(exported: tuple[RunDir, Path]) -> None:
     assert card["tensors"]["experts.up_weight"] == [WIDTH, HIDDEN]
     assert card["model"] == {
         "layers": LAYERS, "experts": EXPERTS, "top_k": 2, "width": WIDTH, "hidden": HIDDEN,
-        "kind": "gelu", "bias": True, "router": "cosine",
+        "kind": "gelu", "bias": True, "router": "cosine", "heads": None,
     }  # fmt: skip
     assert str(run.path.parent) not in (out / "layer1-expert02.json").read_text()
 

@@ -41,8 +41,8 @@ FEED_FORWARDS = {
     ),
     "moe-block": (EXPERTS * BLOCK + 2 * GRAPH, EXPERTS * BLOCK + 2 * GRAPH, EXPERTS * WIDTH + 1),
     "moe-ghost": (
-        (EXPERTS + 1) * GELU + HYPERGRAPH + 6,
-        TOP_K * GELU + HYPERGRAPH + 6,
+        (EXPERTS + 1) * GELU + HYPERGRAPH + 10,  # pairs, those with the ghost among them
+        TOP_K * GELU + HYPERGRAPH + 10,
         (EXPERTS + 1) * WIDTH + 1,
     ),
     "resonance": (2 * LIVE + HIDDEN + WIDTH, 2 * LIVE + HIDDEN + WIDTH, 0),

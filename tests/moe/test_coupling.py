@@ -15,6 +15,7 @@ from sra_ds.moe.coupling import Coupling, GraphRound, HypergraphRound, build_cou
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 EXPERTS, WIDTH = 5, 8
+SLOTS = EXPERTS
 COUPLINGS: dict[str, dict[str, Any]] = {
     "gnn": {"kind": "gnn", "rank": 3},
     "pairs": {"kind": "hgnn", "rank": 3},
@@ -51,12 +52,9 @@ def routes(tokens: int = 13, top_k: int = 3, experts: int = EXPERTS) -> tuple[Te
 
 def graph_loop(round_: GraphRound, h_KD: Tensor, ids: list[int]) -> Tensor:
     """The equations of the module, message by message."""
-    active = [k for k, e in enumerate(ids) if e < round_.experts]
+    active = range(len(ids))
     out = []
-    for i in range(len(ids)):
-        if i not in active:
-            out.append(h_KD[i])
-            continue
+    for i in active:
         heard = round_.own(h_KD[i])
         for j in active:
             if j != i:
@@ -69,21 +67,18 @@ def graph_loop(round_: GraphRound, h_KD: Tensor, ids: list[int]) -> Tensor:
 
 def hypergraph_loop(round_: HypergraphRound, h_KD: Tensor, ids: list[int]) -> Tensor:
     """Hyperedge by hyperedge: members' mean, weighed into each member."""
-    incidence_EM, weights_M = round_.incidence(), round_.weights()
-    active = [k for k, e in enumerate(ids) if e < round_.experts]
+    incidence_EM, weights_M = round_.incidence(SLOTS), round_.weights(SLOTS)
+    active = range(len(ids))
     means, weights = {}, {}
     for m in range(incidence_EM.shape[1]):
         own = {k: incidence_EM[ids[k], m] for k in active if incidence_EM[ids[k], m] > 0}
         if own:
             mean_D = sum(share * h_KD[k] for k, share in own.items()) / sum(own.values())
             means[m], weights[m] = mean_D, weights_M[m]
-            if round_.asks is not None:
-                weights[m] = weights[m] * torch.sigmoid(round_.asks(mean_D)[m])
+            if round_.asks_MD is not None:
+                weights[m] = weights[m] * torch.sigmoid(round_.asks_MD[m] @ mean_D)
     out = []
     for k, expert in enumerate(ids):
-        if k not in active:
-            out.append(h_KD[k])
-            continue
         mine = {
             m: incidence_EM[expert, m] * weights[m] for m in means if incidence_EM[expert, m] > 0
         }
@@ -112,7 +107,10 @@ def test_it_is_the_loop_over_messages(tree: dict[str, Any], tokens: int, top_k: 
     h_TKD, ids_TK = routes(tokens, top_k)
     weights = torch.randn_like(h_TKD)
     found = []
-    for function in (coupling, lambda h, ids: coupling_loop(coupling, h, ids)):
+    for function in (
+        lambda h, ids: coupling(h, ids, SLOTS),
+        lambda h, ids: coupling_loop(coupling, h, ids),
+    ):
         coupling.zero_grad(set_to_none=True)
         (leaf,) = leaves(h_TKD)
         out_TKD = function(leaf, ids_TK)
@@ -128,7 +126,7 @@ def test_it_is_the_loop_over_messages(tree: dict[str, Any], tokens: int, top_k: 
 @each
 def test_at_the_start_nothing_is_coupled(tree: dict[str, Any]) -> None:
     h_TKD, ids_TK = routes()
-    assert torch.equal(coupling_of(tree, random=False)(h_TKD, ids_TK), h_TKD)
+    assert torch.equal(coupling_of(tree, random=False)(h_TKD, ids_TK, SLOTS), h_TKD)
 
 
 @each
@@ -137,7 +135,7 @@ def test_a_token_hears_nothing_of_another(tree: dict[str, Any]) -> None:
     h_TKD, ids_TK = routes(6)
     (leaf,) = leaves(h_TKD)
     for token in range(6):
-        out_KD = coupling(leaf, ids_TK)[token]
+        out_KD = coupling(leaf, ids_TK, SLOTS)[token]
         (gradient_TKD,) = torch.autograd.grad(out_KD.sin().sum(), leaf)
         reached = gradient_TKD.abs().amax((1, 2)) > 0
         assert reached.tolist() == [other == token for other in range(6)]
@@ -148,8 +146,8 @@ def test_the_order_of_a_tokens_experts_does_not_matter(tree: dict[str, Any]) -> 
     coupling = coupling_of(tree)
     h_TKD, ids_TK = routes()
     order = torch.tensor([2, 0, 1])
-    shuffled = coupling(h_TKD[:, order], ids_TK[:, order])
-    assert_near(shuffled, coupling(h_TKD, ids_TK)[:, order], 1e-12)
+    shuffled = coupling(h_TKD[:, order], ids_TK[:, order], SLOTS)
+    assert_near(shuffled, coupling(h_TKD, ids_TK, SLOTS)[:, order], 1e-12)
 
 
 @each
@@ -157,7 +155,7 @@ def test_relabelled_experts_give_the_same_outputs(tree: dict[str, Any]) -> None:
     """Expert e becomes new_E[e]; its edges go with it."""
     coupling = coupling_of(tree)
     h_TKD, ids_TK = routes()
-    expected = coupling(h_TKD, ids_TK)
+    expected = coupling(h_TKD, ids_TK, SLOTS)
     new_E = torch.randperm(EXPERTS)
     old_E = new_E.argsort()
     with torch.no_grad():
@@ -168,56 +166,64 @@ def test_relabelled_experts_give_the_same_outputs(tree: dict[str, Any]) -> None:
                 one.membership_EM.copy_(one.membership_EM[old_E])
             else:
                 one.incidence_EM.copy_(one.incidence_EM[old_E])
-    assert_near(coupling(h_TKD, new_E[ids_TK]), expected, 1e-12)
+    assert_near(coupling(h_TKD, new_E[ids_TK], SLOTS), expected, 1e-12)
 
 
 @each
-def test_one_active_expert_hears_itself_at_most(tree: dict[str, Any]) -> None:
-    """k = 1: whatever the expert, the same map of its own output."""
-    coupling = coupling_of(tree)
-    h_TKD, ids_TK = routes(20, 1)
-    found = coupling(h_TKD, ids_TK)
-    ghost = coupling(h_TKD, torch.full_like(ids_TK, EXPERTS))
-    assert torch.equal(ghost, h_TKD)
-    assert not torch.equal(found, h_TKD)
-
-
-@each
-def test_a_ghost_changes_nothing_for_the_others(tree: dict[str, Any]) -> None:
-    coupling = coupling_of(tree)
-    h_TKD, ids_TK = routes()
-    ghost_T1 = torch.full_like(ids_TK[:, :1], EXPERTS)
-    said_T1D = torch.randn_like(h_TKD[:, :1])
-    both = coupling(torch.cat([h_TKD, said_T1D], 1), torch.cat([ids_TK, ghost_T1], 1))
-    assert_near(both[:, :3], coupling(h_TKD, ids_TK), 1e-12)
-    assert torch.equal(both[:, 3:], said_T1D)
+@pytest.mark.parametrize("awake", [0, 1, 2])
+def test_a_sleeping_ghost_changes_no_bit_and_an_awake_one_is_coupled(
+    tree: dict[str, Any], awake: int
+) -> None:
+    """Two ghosts, some awake: the same as a coupling over those awake that has the same weights."""
+    parsed = TypeAdapter(CouplingConfig).validate_python(tree)
+    with_ghosts, without = (
+        build_coupling(parsed, experts, WIDTH) for experts in (EXPERTS + 2, EXPERTS + awake)
+    )
+    for made in (with_ghosts, without):
+        initialise(Holder(made), 0)
+    randomise(with_ghosts, 0.7).double()
+    without.double()
+    with torch.no_grad():
+        for own, given in zip(without.parameters(), with_ghosts.parameters(), strict=True):
+            own.copy_(given[tuple(slice(size) for size in own.shape)])
+    h_TKD, ids_TK = routes(30, 3, EXPERTS + awake)
+    found = with_ghosts(h_TKD, ids_TK, EXPERTS + awake)
+    assert torch.equal(found, without(h_TKD, ids_TK, EXPERTS + awake))
+    if awake:
+        said_TKD = h_TKD + (ids_TK == EXPERTS).unsqueeze(-1)
+        others = (ids_TK != EXPERTS).unsqueeze(-1)
+        heard = (with_ghosts(said_TKD, ids_TK, EXPERTS + awake) - found) * others
+        assert heard.abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("tree", [COUPLINGS[n] for n in ("pairs", "triplets", "learned", "gated")])
 def test_every_hyperedge_weight_has_a_gradient(tree: dict[str, Any]) -> None:
     coupling = coupling_of(tree)
     h_TKD, ids_TK = routes(64)
-    coupling(h_TKD, ids_TK).square().sum().backward()
+    coupling(h_TKD, ids_TK, SLOTS).square().sum().backward()
     for one in coupling.rounds:
         assert (one.raw_weight_M.grad.abs() > 1e-9).all()
 
 
 def test_the_weight_of_the_one_hyperedge_of_all_would_cancel_and_is_not_there() -> None:
     (one,) = coupling_of(COUPLINGS["all"]).rounds
-    assert one.raw_weight_M is None and one.hyperedges() == {"0-1-2-3-4": 1.0}
+    assert one.raw_weight_M is None and one.hyperedges(SLOTS) == {"0-1-2-3-4": 1.0}
 
 
 def test_strengths_and_hyperedges_are_told() -> None:
     (pairs,) = coupling_of(COUPLINGS["pairs"], random=False).rounds
-    strengths_EE = pairs.strengths()
+    strengths_EE = pairs.strengths(SLOTS)
     assert_near(strengths_EE.sum(1), torch.ones(EXPERTS), 1e-6)
-    assert list(pairs.hyperedges())[:3] == ["0-1", "0-2", "0-3"] and len(pairs.hyperedges()) == 10
-    assert all(abs(weight - 1) < 1e-6 for weight in pairs.hyperedges().values())
+    assert (
+        list(pairs.hyperedges(SLOTS))[:3] == ["0-1", "0-2", "1-2"]
+        and len(pairs.hyperedges(SLOTS)) == 10
+    )
+    assert all(abs(weight - 1) < 1e-6 for weight in pairs.hyperedges(SLOTS).values())
     graph = coupling_of(COUPLINGS["gnn"], random=False).rounds[0]
     expected_EE = torch.full((EXPERTS, EXPERTS), 0.11920292).fill_diagonal_(0.0)
-    assert_near(graph.strengths(), expected_EE, 1e-6)
+    assert_near(graph.strengths(SLOTS), expected_EE, 1e-6)
     learned = coupling_of(COUPLINGS["learned"]).rounds[0]
-    assert all(name.count("-") == 2 for name in learned.hyperedges())
+    assert all(name.count("-") == 2 for name in learned.hyperedges(SLOTS))
 
 
 @pytest.mark.parametrize(
@@ -228,7 +234,7 @@ def test_strengths_and_hyperedges_are_told() -> None:
         ({"ghosts": {"count": 1}, "backend": "megablocks"}, "ghosts.count needs the output"),
         ({"expert_kind": "block", "top_k": 4}, "top_k=4 must be experts=64"),
         ({"expert_kind": "block", "top_k": 64, "ghosts": {"count": 1}}, "no place to take"),
-        ({"coupling": "hgnn"}, "more than 512: use incidence=learned"),
+        ({"coupling": "hgnn"}, "more than 1024: use incidence=learned"),
         ({"coupling": {"kind": "hgnn", "members": 2}}, "no effect without incidence=learned"),
         ({"ghosts": {"count": 1}, "router": "hash"}, "router with scores"),
         (

@@ -67,12 +67,9 @@ def test_all_pairs_of_active_experts_average_over_rows_and_columns() -> None:
     assert_near(mix_EE.sum(1), ones, 1e-12)
 
 
-def test_an_expert_beyond_the_incidence_neither_hears_nor_speaks() -> None:
-    incidence_EM, weights_M = incidence(4, 2), torch.rand(6, dtype=torch.float64)
-    with_ghost = propagation(incidence_EM, weights_M, torch.tensor([[1, 4, 2]]))[0]
-    without = propagation(incidence_EM, weights_M, torch.tensor([[1, 2]]))[0]
-    assert (with_ghost[1] == 0).all() and (with_ghost[:, 1] == 0).all()
-    assert_near(with_ghost[[0, 2]][:, [0, 2]], without, 1e-12)
+def test_one_expert_alone_hears_itself_and_nothing_else() -> None:
+    mix_TKK = propagation(incidence(1, 1), torch.rand(1).double() + 0.1, torch.zeros(3, 1).long())
+    assert_near(mix_TKK, torch.ones(3, 1, 1, dtype=torch.float64), 1e-12)
 
 
 @pytest.mark.parametrize("size", [2, 3])

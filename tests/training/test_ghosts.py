@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from commands import step_lines, train
+from commands import launch, step_lines, train
 from references import randomise
 from saved_runs import corpus
 from sra_ds.config import Recipe
@@ -154,6 +154,17 @@ def test_alpha_rises_in_equal_steps_to_one_and_stays(engine_with, ramp: int) -> 
     assert first.awake == 1 and first.shift_S() is None and second.awake == 0
 
 
+def test_alpha_keeps_its_precision_in_a_bf16_model(engine_with) -> None:
+    engine = engine_with(ramp_steps=7)
+    engine.module.bfloat16()
+    keeper = keeper_of(engine)
+    for step in range(4):
+        take_step(keeper, step, 1.0, 0.0)
+    assert torch.equal(
+        engine.module.routers()[0].ghost_alpha_G, torch.tensor([3 / 7, 2 / 7, 1 / 7])
+    )
+
+
 SHARE = 0.7
 """Of the peak, what is scheduled for step 3 of 10 on a line."""
 
@@ -240,18 +251,24 @@ def twins(tiny_recipe: Builder, family: str) -> tuple[PlainEngine, PlainEngine]:
         ghosts = {"count": count, "background": False}
         found.append(PlainEngine(tiny_recipe(family, {"model": {"channel": {"ghosts": ghosts}}})))
     without, asleep = found
-    missing, unexpected = asleep.module.load_state_dict(without.module.state_dict(), strict=False)
-    assert unexpected == [] and all("ghost" in name for name in missing)
+    for name, value in without.module.state_dict().items():
+        part(asleep.module.state_dict()[name], value).copy_(value)
     return without, asleep
 
 
+def part(whole: Tensor, like: Tensor) -> Tensor:
+    """The first entries, without the ghosts behind them: couplings have a row for each."""
+    return whole[tuple(slice(length) for length in like.shape)]
+
+
+@pytest.mark.usefixtures("poisoned_memory")
 def test_ghosts_leave_the_first_weights_of_others_alone(tiny_recipe: Builder) -> None:
     weights = []
     for count in (0, 2):
         overlay = {"model": {"channel": {"ghosts": {"count": count}}}}
         weights.append(build_model(tiny_recipe("moe-ghost", overlay)).state_dict())
     without, asleep = weights
-    assert all(torch.equal(asleep[name], value) for name, value in without.items())
+    assert all(torch.equal(part(asleep[name], value), value) for name, value in without.items())
     added = {name: value for name, value in asleep.items() if name not in without}
     drawn = [value for name, value in added.items() if not name.endswith(("_bias", "alpha_G"))]
     for place, value in enumerate(drawn):
@@ -260,11 +277,12 @@ def test_ghosts_leave_the_first_weights_of_others_alone(tiny_recipe: Builder) ->
             assert value.shape != other.shape or not torch.equal(value, other)
 
 
-@pytest.mark.parametrize("family", ["moe-ghost", "moe-gnn", "moe-learned-hyperedges"])
+@pytest.mark.parametrize(
+    "family", ["moe-ghost", "moe-gnn", "moe-learned-hyperedges", "moe-cosine", "moe-linear"]
+)
 def test_asleep_ghosts_change_no_bit(tiny_recipe: Builder, family: str) -> None:
     without, asleep = twins(tiny_recipe, family)
-    own = [name for name, _ in without.module.named_parameters()]
-    ghosts = {n: p.clone() for n, p in asleep.module.named_parameters() if n not in own}
+    ghosts = {n: p.clone() for n, p in asleep.module.named_parameters() if "ghost" in n}
     ids_BT = random_batch(without.recipe, 4, 9)[0]
     for number in range(2):
         for mode in (True, False):
@@ -278,20 +296,11 @@ def test_asleep_ghosts_change_no_bit(tiny_recipe: Builder, family: str) -> None:
             engine.train_step(number)
         trained = dict(asleep.module.named_parameters())
         for name, parameter in without.module.named_parameters():
-            assert torch.equal(parameter, trained[name]), name
+            assert torch.equal(part(trained[name], parameter), parameter), name
         assert ghosts and all(torch.equal(trained[name], value) for name, value in ghosts.items())
     for router in asleep.module.routers():
         router.ghost_alpha_G[0] = 0.01
     assert not torch.equal(asleep.module(ids_BT).logits, without.module(ids_BT).logits)
-
-
-def test_ghosts_open_a_closed_layer_and_change_rounding_alone(tiny_recipe: Builder) -> None:
-    without, asleep = twins(tiny_recipe, "moe-cosine")
-    ids_BT = random_batch(without.recipe, 4, 9)[0]
-    left, right = (engine.module(ids_BT) for engine in (without, asleep))
-    torch.testing.assert_close(left.logits, right.logits, rtol=1e-5, atol=1e-5)
-    for mine, theirs in zip(left.routings, right.routings, strict=True):
-        assert torch.equal(mine.expert_ids_TK, theirs.expert_ids_TK)
 
 
 def test_evaluation_changes_nothing(tiny_recipe: Builder, corpus, engine_with) -> None:
@@ -400,13 +409,39 @@ def test_an_awakening_is_a_line_of_metrics(whole) -> None:
         (8, 0, 1),
         (8, 1, 1),
     ]
-    assert all(0 < event["saturation"] <= 1 for _, event in told)
+    for step, event in told:
+        assert event["saturation"] == pytest.approx(mean_saturation(run, event["layer"], step))
     for layer in range(LAYERS):
         alphas = [line["facts"][f"layer{layer}/ghost_alpha"] for line in step_lines(run)]
         assert alphas == [0.0] * 6 + [0.25, 0.5, 1.0, 1.5, 1.75, 2.0]
     saved = load_file(run / "checkpoints" / "8" / "model.safetensors")
     alpha_G = saved["blocks.0.channel.moe.router.ghost_alpha_G"]
     assert torch.equal(alpha_G, torch.tensor([0.5, 0.0]))
+
+
+def mean_saturation(run: Path, layer: int, steps: int) -> float:
+    """Over the first steps, as the first process saw them; new ones weigh 2 / 101."""
+    facts = [line["facts"] for line in step_lines(run)[:steps]]
+    found = [f[f"layer{layer}/apartness"] * f[f"layer{layer}/unexplained"] for f in facts]
+    assert 0 < min(found) < max(found) <= 1
+    mean = found[0]
+    for saturation in found[1:]:
+        mean += 2 / 101 * (saturation - mean)
+    return mean
+
+
+@pytest.mark.slow
+def test_two_processes_wake_ghosts_by_the_mean_of_both(tiny: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    overrides = (*GHOSTS, "training.steps=8", "evaluation.legacy_sra=false")
+    result = launch(2, "--recipe", tiny / "tiny.yaml", "--run", run, *overrides, stage=2)
+    assert result.returncode == 0, result.stderr
+    told = [line["ghost"] for line in lines(run) if "ghost" in line]
+    assert [(event["layer"], event["ghost"]) for event in told] == [(0, 0), (1, 0), (0, 1), (1, 1)]
+    for event in told[:2]:
+        of_first = mean_saturation(run, event["layer"], 6)
+        assert event["saturation"] == pytest.approx(of_first, rel=0.2)
+        assert event["saturation"] != pytest.approx(of_first, rel=1e-4)
 
 
 UNTIMED = ("time", "tokens_per_second", "mfu")

@@ -251,7 +251,7 @@ def test_blocks_are_compared_by_what_they_add(engine_with) -> None:
     """With the gates all to one expert, what the layer adds is what that expert said."""
     engine = engine_with("moe-block", {"channel": {"coupling": "none"}})
     batch, layers = engine.batch(0), engine.module.routed_layers()
-    before = all_outputs(engine, layers[:1], batch, 32)[0]
+    before = next(iter(all_outputs(engine, layers[:1], batch, 32)))
     assert before.shape == (4, 32, 32)
     added: list[Tensor] = []
     layers[0].register_forward_hook(lambda layer, given, found: added.append(found[0]))
@@ -346,7 +346,7 @@ def test_of_many_experts_the_same_sixteen_are_compared(engine_with, monkeypatch)
     monkeypatch.setattr(module, "specialisation", note)
     watch = Specialisation(engine.recipe, engine, lambda step: engine.batch(0))
     assert watch.measure(0) == watch.measure(9)
-    every = all_outputs(engine, watch.layers, engine.batch(0), 32)
+    every = list(all_outputs(engine, watch.layers, engine.batch(0), 32))
     chosen = []
     for layer, outputs_END in enumerate(compared[:LAYERS]):
         places = torch.cdist(outputs_END.flatten(1), every[layer].flatten(1)).argmin(1).tolist()

@@ -111,10 +111,11 @@ class MoEChannelConfig(Part):
         coupling = self.coupling
         if not isinstance(coupling, HypergraphCouplingConfig):
             return self
-        count = len(coupling.sets(self.experts))
+        experts = self.experts + self.ghosts.count
+        count = len(coupling.sets(experts))
         if count > MAX_HYPEREDGES:
             raise ValueError(
-                f"coupling.incidence={coupling.incidence} of {self.experts} experts makes {count} "
+                f"coupling.incidence={coupling.incidence} of {experts} experts makes {count} "
                 f"hyperedges, more than {MAX_HYPEREDGES}: use incidence=learned"
             )
         if coupling.incidence == "learned" and coupling.members > self.experts:

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from sra_ds.config.base import Part, by_name
 
-MAX_HYPEREDGES = 512
+MAX_HYPEREDGES = 1024
 """A token's weights of all its hyperedges are held at once."""
 
 
@@ -55,11 +55,13 @@ class HypergraphCouplingConfig(RoundsConfig):
         return self
 
     def sets(self, experts: int) -> list[tuple[int, ...]]:
-        """The fixed hyperedges over so many experts; none of them where they are learned."""
+        """The fixed hyperedges over so many experts, none where they are learned; in order of their last
+        member, so that those of fewer experts come first."""
         sizes = {"all_pairs": 2, "all_triplets": 3, "all": experts}
         if self.incidence == "learned":
             return []
-        return list(combinations(range(experts), min(sizes[self.incidence], experts)))
+        found = combinations(range(experts), min(sizes[self.incidence], experts))
+        return sorted(found, key=lambda own: own[::-1])
 
 
 CouplingConfig = Annotated[
