@@ -48,10 +48,11 @@ def make(tiny_recipe: Callable[..., Recipe], corpus: Any, tmp_path: Path) -> Cal
         overlay = {"data": data, "model": {"channel": channel or {}}}
         recipe = tiny_recipe(family, overlay)
         model = random_model(recipe)
-        for block, router in zip(model.blocks, model.routers(), strict=True):
-            torch.nn.init.zeros_(block.channel_norm.bias)
-            if hasattr(router, "temperature"):  # tokens differ, and so do their experts
-                torch.nn.init.constant_(router.temperature, 3.0)
+        for part, parameter in model.named_parameters():
+            if part.endswith("bias"):  # tokens differ, and so do their experts
+                torch.nn.init.zeros_(parameter)
+            elif part.endswith("temperature"):
+                torch.nn.init.constant_(parameter, 3.0)
         if recipe.model.channel.ghosts.count:
             model.routers()[0].ghost_alpha_G[0] = alpha
         return save_run(tmp_path / name, recipe, corpus[1], model)
@@ -102,7 +103,8 @@ def test_the_analysis_has_the_experts_that_each_layer_has(
         assert all(expert["partner"] in (None, *range(slots)) for expert in own)
         assert all(len(expert["nearest_tokens"]) == 10 for expert in own)
         assert whole["layers"][layer]["anchors"]["effective_rank"]["value"] <= slots + 1e-6
-    assert experts[GHOST]["load"] > 0.01 and not any(e["dead_by_routes"] for e in experts[5:])
+    assert min(expert["load"] for expert in experts) > 0.01  # nobody is dead, and a ghost is there
+    assert health["dead_by_routes"] == 0
     assert [row["k"] for row in whole["sweeps"]["k"]] == [1, 2, 3, 4]
     for row in whole["sweeps"]["dropped"]:
         assert row["share"] == row["dropped"] * 2 / len(PLACES)
@@ -122,8 +124,12 @@ def test_sleeping_ghosts_change_no_number(
     tree["model"]["channel"]["ghosts"] = {}
     plain = Recipe.model_validate(tree)
     model, state = build_model(plain), load_run(run.path).model.state_dict()
-    own = {name: value for name, value in state.items() if name in model.state_dict()}
-    model.load_state_dict(own)
+    with torch.no_grad():
+        for (
+            name,
+            value,
+        ) in model.state_dict().items():  # couplings have rows for ghosts behind others
+            value.copy_(state[name][tuple(slice(length) for length in value.shape)])
     other = save_run(tmp_path / "plain" / "run", plain, corpus[1], model)
     asked: list[tuple[Any, ...]] = [
         ("analyze", "--sweep-tokens", 0, *QUICK),
@@ -182,9 +188,9 @@ def test_a_suppressed_ghost_has_no_load_and_the_rest_stays(
     assert len(after.routings[1].load_E) == SLOTS[1]
     asleep = load_run(run.path).model
     asleep.routers()[0].ghost_alpha_G.zero_()
-    never = outputs(asleep)
-    assert torch.equal(now.expert_ids_TK, never.routings[0].expert_ids_TK)
-    torch.testing.assert_close(after.logits, never.logits, atol=1e-4, rtol=1e-4)
+    never = outputs(asleep).routings[0]  # what a coupling makes of it may differ
+    assert torch.equal(now.expert_ids_TK, never.expert_ids_TK)
+    torch.testing.assert_close(now.gates_TK, never.gates_TK, atol=1e-5, rtol=1e-5)
     call(*asked, "1:4", "--out", card, *UNMEASURED).refused("1:4", "the layer has 4 experts")
 
 
@@ -362,8 +368,7 @@ def test_runs_are_scored_and_continued_under_a_card(
     slots_L = [router.slots for router in load_run(run.path).model.routers()]
     place = f"0:{slots_L[0] - 1}"
     made = ("steer", "--run", run.path, "scale", place, "--by", 0, "--out", card, "--json")
-    cost = call(*made, "--measure-tokens", 0).tree
-    assert "cost" not in cost
+    assert "cost" not in call(*made, *UNMEASURED).tree
     scored = ("evaluate", "--run", run.path, "--health-tokens", 1, "--json")
     plain, changed = call(*scored).tree, call(*scored, "--steer", card).tree
     assert plain["nll_per_token"] != changed["nll_per_token"]
@@ -453,4 +458,3 @@ def test_runs_are_consolidated_counted_and_planned(
     assert counted["active_with_anchors"] == counted["total"] - idle
     planned = call("plan", "--recipe", run.recipe_file, "--json").tree
     assert planned["parameters"]["total"] == counted["total"]
-    assert all(one["expert_parallel_size"] == 1 for one in planned["candidates"])

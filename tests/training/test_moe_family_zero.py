@@ -31,7 +31,8 @@ from sra_ds.training.specialisation import Specialisation
 from sra_ds.training.step import step_loss
 
 SGD = {"kind": "sgd", "learning_rate": 0.1, "momentum": 0.9}
-ADAM = {"kind": "adamw", "learning_rate": 0.01, "weight_decay": 0.1}
+ADAM = {"kind": "adamw", "learning_rate": 0.01, "weight_decay": 0.1, "eps": 1e-5}
+"""`eps` is above the rounding of gradients that are 0, as those of the keys' biases."""
 EXPERTS, STEPS, APART, RAMP = 4, 6, 4, 3
 """Ghosts wake after the first step and the second; from step 4 on processes differ."""
 
