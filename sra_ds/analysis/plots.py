@@ -20,7 +20,8 @@ Metrics = list[dict[str, Any]]
 class Shown(NamedTuple):
     """What of a finished model is drawn."""
 
-    load_LE: NDArray[Any]
+    loads: list[NDArray[Any]]
+    """Routes per expert of each routed layer."""
     grams: list[NDArray[Any]]
     """Cosines between anchors, of each layer that has any."""
     masks: dict[str, NDArray[np.bool_]]
@@ -31,7 +32,7 @@ class Shown(NamedTuple):
 
 def draw_run(metrics: Metrics, shown: Shown, folder: Path) -> list[Path]:
     """Write the figures that apply to this run; returns their paths."""
-    load_LE, grams, masks, connections = shown
+    loads, grams, masks, connections = shown
     steps = [line for line in metrics if "loss" in line]
     checks = [line for line in metrics if "validation" in line]
     figures: dict[str, Figure] = {}
@@ -41,8 +42,8 @@ def draw_run(metrics: Metrics, shown: Shown, folder: Path) -> list[Path]:
         figures |= resonance_figures(steps)
     if checks:
         figures["perplexity"] = perplexity_figure(checks)
-    if load_LE.size:
-        figures["expert_load"] = load_figure(load_LE)
+    if loads:
+        figures["expert_load"] = load_figure(loads)
     figures |= moe_figures(metrics, connections)
     if masks:
         figures["mask"] = mask_figure(masks)
@@ -87,16 +88,15 @@ def line_figure(steps: Metrics, key: str, label: str) -> Figure:
     return figure
 
 
-def load_figure(load_LE: NDArray[Any]) -> Figure:
+def load_figure(loads: list[NDArray[Any]]) -> Figure:
     """Share of routes per expert and layer, relative to an even share."""
-    layers, experts = load_LE.shape
     figure: Figure
     figure, grid = plt.subplots(
-        layers, 1, figsize=(7, 1.3 * layers + 0.6), sharex=True, squeeze=False
+        len(loads), 1, figsize=(7, 1.3 * len(loads) + 0.6), sharex=True, squeeze=False
     )
-    for layer, axes in enumerate(grid[:, 0]):
-        share = np.sort(load_LE[layer])[::-1] / max(load_LE[layer].mean(), 1e-12)
-        axes.bar(np.arange(experts), share, width=1.0)
+    for layer, (axes, load_E) in enumerate(zip(grid[:, 0], loads, strict=True)):
+        share_E = np.sort(load_E)[::-1] / max(load_E.mean(), 1e-12)
+        axes.bar(np.arange(len(load_E)), share_E, width=1.0)
         axes.axhline(1.0, color="black", linewidth=0.7, linestyle="--")
         axes.set_ylabel(f"layer {layer}")
     grid[0, 0].set_title("load of each expert over the mean load, sorted")

@@ -103,13 +103,15 @@ def micro_batch_sizes(request: Request) -> list[int]:
 
 
 def expert_parallel_sizes(recipe: Recipe, gpus: int) -> list[int]:
-    """Divisors of both the GPUs and the experts; of the recipe's own size only that if it is set."""
+    """Divisors of both the GPUs and the experts, 1 for layers that look at the output of every route; of
+    the recipe's own size only that if it is set."""
     channel, asked = recipe.model.channel, recipe.parallel.expert_parallel_size
     if not isinstance(channel, MoEChannelConfig):
         if asked > 1:
             raise ConfigError(f"parallel.expert_parallel_size={asked} needs model.channel.kind=moe")
         return [1]
     sizes = [n for n in _divisors(channel.experts) if not gpus % n]
+    sizes = [1] if channel.opened else sizes
     if asked > 1:
         if asked not in sizes:
             raise ConfigError(

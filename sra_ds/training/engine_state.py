@@ -111,7 +111,8 @@ def forget_rows(engine: Any, parameter: nn.Parameter, rows: Sequence[int]) -> No
 
 def forget(engine: Any, parameters: Sequence[nn.Parameter]) -> None:
     """Zero everything the optimizer remembers of these parameters, at any stage, and the count of their
-    steps: they share it with no others. Each process clears the part it holds."""
+    steps: they share it with no others. Each process clears the part it holds. DeepSpeed's `safe_set`
+    functions reach moments, but not that count."""
     for parameter in parameters:
         for piece in _pieces(engine, parameter):
             for state in _torch_optimizer(engine).state.get(piece.flat, {}).values():

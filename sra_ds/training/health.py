@@ -187,6 +187,7 @@ class Health:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave; of a run without alarms none are known."""
         self.recent.load_state_dict(state["recent_load"])
+        self.recent.slots_L = [router.slots for router in self.model.routers()]
         self.active = {
             (kind, figure, int(at)): None for kind, figure, at in state.get("alarms", [])
         }

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -58,7 +57,9 @@ def report(run: RunDir, resolved: Resolved, outcome: Outcome) -> dict[str, Any]:
 def draw_figures(loaded: LoadedRun, run: RunDir) -> list[Path]:
     """Redraw the run's figures from its files."""
     snapshots = sorted(run.routing.glob("*.safetensors"), key=lambda path: int(path.stem))
-    load_LE = load_file(snapshots[-1])["load_LE"].numpy() if snapshots else np.zeros((0, 0))
+    load_LE = load_file(snapshots[-1])["load_LE"].numpy() if snapshots else ()
+    slots_L = [router.slots for router in loaded.model.routers()]
+    loads = [load_E[:slots] for load_E, slots in zip(load_LE, slots_L, strict=bool(snapshots))]
     ids = torch.zeros(1, 2, dtype=torch.int64, device=next(loaded.model.parameters()).device)
     with torch.no_grad():
         grams = [gram.float().cpu().numpy() for gram in loaded.model(ids).anchor_grams]
@@ -74,7 +75,7 @@ def draw_figures(loaded: LoadedRun, run: RunDir) -> list[Path]:
             last: Any = layer.coupling.rounds[-1]
             strengths = last.strengths(layer.router.slots).cpu().numpy()
             connections.append(Connections(strengths, last.hyperedges(layer.router.slots)))
-    return draw_run(run.metrics(), Shown(load_LE, grams, masks, connections), run.figures)
+    return draw_run(run.metrics(), Shown(loads, grams, masks, connections), run.figures)
 
 
 def write_samples(loaded: LoadedRun, run: RunDir) -> dict[str, str]:
