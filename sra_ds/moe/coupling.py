@@ -39,17 +39,21 @@ class GraphRound(nn.Module):
         self.out = ZeroLinear(config.rank, width, bias=False)
 
     def forward(self, h_TKD: Tensor, ids_TK: Tensor, slots: int) -> Tensor:
-        """One round; a token's experts are awake, whatever `slots`."""
+        """One round; a token's experts are awake, whatever `slots`. All maps read the outputs at once."""
         del slots
-        mix_TKK = self.mix(h_TKD, ids_TK).to(h_TKD.dtype)
-        return h_TKD + F.gelu(self.out(mix_TKK @ self.message(h_TKD) + self.own(h_TKD)))
+        maps = (self.message, self.own, self.hears, self.speaks)
+        inward = torch.cat([map_.weight for map_ in maps])
+        sizes = [map_.out_features for map_ in maps]
+        message_TKR, own_TKR, heard_TK1, spoken_TK1 = F.linear(h_TKD, inward).split(sizes, -1)
+        mix_TKK = self.mix(heard_TK1 + self.hears.bias, spoken_TK1, ids_TK).to(h_TKD.dtype)
+        return h_TKD + F.gelu(self.out(mix_TKK @ message_TKR + own_TKR))
 
-    def mix(self, h_TKD: Tensor, ids_TK: Tensor) -> Tensor:
+    def mix(self, heard_TK1: Tensor, spoken_TK1: Tensor, ids_TK: Tensor) -> Tensor:
         """M: how much expert k of a token hears of each other, in float32 at least."""
         logits_EE = at_least_float32(self.edge_logit_EE)
         edges_TKK = torch.sigmoid(logits_EE[ids_TK.unsqueeze(2), ids_TK.unsqueeze(1)])
-        spoken_T1K = at_least_float32(self.speaks(h_TKD)).transpose(1, 2)
-        gates_TKK = torch.sigmoid(at_least_float32(self.hears(h_TKD)) + spoken_T1K)
+        spoken_T1K = at_least_float32(spoken_TK1).transpose(1, 2)
+        gates_TKK = torch.sigmoid(at_least_float32(heard_TK1) + spoken_T1K)
         top_k = ids_TK.shape[1]
         others_KK = 1 - torch.eye(top_k, dtype=gates_TKK.dtype, device=ids_TK.device)
         return edges_TKK * gates_TKK * others_KK / max(1, top_k - 1)
