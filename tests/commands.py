@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -135,3 +136,12 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def interrupt(whole: Path, run: Path, at: int, end: int) -> None:
+    """A copy of a finished run as it stood at the checkpoint before the last."""
+    shutil.copytree(whole, run, symlinks=True)
+    shutil.rmtree(run / "checkpoints" / str(end))
+    (run / "checkpoints" / "best").unlink()
+    (run / "summary.json").unlink()
+    (run / "checkpoints" / "latest").write_text(str(at))

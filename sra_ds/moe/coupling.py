@@ -11,6 +11,7 @@ sleeping ghosts change no bit. Letters: T tokens, K experts per token, E experts
 """
 
 import math
+from bisect import bisect_left
 from typing import Any
 
 import torch
@@ -79,6 +80,7 @@ class HypergraphRound(nn.Module):
         super().__init__()
         self.config, self.experts = config, experts
         self.sets = config.sets(experts)
+        self.last_members = [own[-1] for own in self.sets]  # rising
         count = len(self.sets) or config.hyperedges
         if config.incidence == "learned":
             self.membership_EM = nn.Parameter(torch.empty(experts, count))
@@ -117,8 +119,10 @@ class HypergraphRound(nn.Module):
         return strength_SM * torch.zeros_like(strength_SM).scatter(0, chosen, 1.0)
 
     def count(self, slots: int) -> int:
-        """Hyperedges all of whose members are awake."""
-        return len(self.config.sets(slots)) or self.config.hyperedges
+        """Hyperedges all of whose members are awake; one at least, of the members that are."""
+        if self.config.incidence == "learned":
+            return self.config.hyperedges
+        return max(1, bisect_left(self.last_members, slots))
 
     def weights(self, slots: int) -> Tensor:
         """w of the hyperedges that are there: positive, 1 at the start."""

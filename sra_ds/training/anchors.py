@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+from torch.utils.hooks import RemovableHandle
 
 from sra_ds.data.loader import Batch
 from sra_ds.errors import ConfigError
@@ -43,9 +44,17 @@ def seed_anchors(model: LanguageModel, forward: nn.Module, batch: Batch, seed: i
 def router_inputs(routers: Sequence[nn.Module], forward: nn.Module, batch: Batch) -> list[Tensor]:
     """What each router is given for the valid tokens of a batch, N x D, without dropout or noise.
     Collective."""
-    training = forward.training
     inputs: list[Tensor] = []
     handles = [router.register_forward_pre_hook(_keep(inputs)) for router in routers]
+    return of_valid_tokens(inputs, handles, forward, batch)
+
+
+def of_valid_tokens(
+    seen: list[Tensor], handles: Sequence[RemovableHandle], forward: nn.Module, batch: Batch
+) -> list[Tensor]:
+    """What the hooks behind `handles` put into `seen` in a forward pass without dropout or noise, its
+    first dimension cut to the valid tokens; the hooks are removed. Collective."""
+    training = forward.training
     forward.eval()
     with torch.compiler.set_stance("force_eager"):  # compiled blocks do not see new hooks
         forward(*batch)
@@ -53,7 +62,7 @@ def router_inputs(routers: Sequence[nn.Module], forward: nn.Module, batch: Batch
     for handle in handles:
         handle.remove()
     valid = slice(None) if batch.valid_BT is None else batch.valid_BT.flatten()
-    return [x_TD[valid] for x_TD in inputs]
+    return [x[valid] for x in seen]
 
 
 def _keep(inputs: list[Tensor]) -> Any:

@@ -10,7 +10,7 @@ weight onto itself, so that it decays whatever it sees; this one is bounded and 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,16 +23,15 @@ from sra_ds.metrics import specialisation
 from sra_ds.model.init import generator
 from sra_ds.moe.experts import even_counts
 from sra_ds.moe.layer import MoELayer
-from sra_ds.training.anchors import router_inputs
+from sra_ds.training.anchors import of_valid_tokens, router_inputs
 from sra_ds.training.controllers import Event, Seen
 from sra_ds.training.engine import gathered
+from sra_ds.training.remedies import BatchOf
 
 COLLAPSE = 0.1
 """Fall of the score from one measurement to the next that is answered at once."""
 MOST_EXPERTS = 16
 """Compared in a layer; of more, so many are drawn."""
-
-BatchOf = Callable[[int], Batch]
 
 
 class Measurement(NamedTuple):
@@ -182,19 +181,12 @@ def _block_outputs(
     engine: Any, layers: Sequence[MoELayer], batch: Batch, tokens: int
 ) -> list[Tensor]:
     """Blocks see whole sequences, so what they say is taken from a forward pass."""
-    found: list[Tensor] = []
+    seen: list[Tensor] = []
 
     def keep(module: nn.Module, arguments: Any, outputs_NED: Tensor) -> None:
         del module, arguments
-        valid = slice(None) if batch.valid_BT is None else batch.valid_BT.flatten()
-        found.append(outputs_NED[valid][:tokens].transpose(0, 1))
+        seen.append(outputs_NED)
 
     handles = [layer.backend.register_forward_hook(keep) for layer in layers]
-    training = engine.training
-    engine.eval()
-    with torch.compiler.set_stance("force_eager"):  # compiled blocks do not see new hooks
-        engine(*batch)
-    engine.train(training)
-    for handle in handles:
-        handle.remove()
-    return found
+    found = of_valid_tokens(seen, handles, engine, batch)
+    return [outputs_NED[:tokens].transpose(0, 1) for outputs_NED in found]

@@ -2,13 +2,12 @@
 
 import itertools
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from commands import step_lines, train
+from commands import interrupt, step_lines, train
 
 PARTS = (
     "model.embedding={kind: prime_hilbert, table_width: 16, primes: [3, 5], dropout: 0.0}",
@@ -58,11 +57,7 @@ def test_it_learns_and_tells_how_it_iterates(whole) -> None:
 
 def test_resumed_in_the_middle_it_is_the_same_run(whole, tmp_path) -> None:
     run = tmp_path / "interrupted"
-    shutil.copytree(whole, run, symlinks=True)
-    shutil.rmtree(run / "checkpoints" / "12")
-    (run / "checkpoints" / "best").unlink()
-    (run / "summary.json").unlink()
-    (run / "checkpoints" / "latest").write_text("8")
+    interrupt(whole, run, at=8, end=12)
     result = train("--resume", "--run", run, stage=2)
     assert result.returncode == 0, result.stderr
     for mine, theirs in zip(step_lines(run), step_lines(whole), strict=True):

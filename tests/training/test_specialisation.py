@@ -4,7 +4,6 @@ import copy
 import functools
 import json
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from commands import train
+from commands import interrupt, train
 from references import randomise, unstack
 from sra_ds.config import Recipe
 from sra_ds.data.loader import Batch
@@ -393,11 +392,7 @@ def test_measurements_and_the_last_step_are_lines_of_metrics(whole: Path) -> Non
 
 def test_a_resumed_run_measures_the_same(whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "interrupted"
-    shutil.copytree(whole, run, symlinks=True)
-    shutil.rmtree(run / "checkpoints" / "12")
-    (run / "checkpoints" / "best").unlink()
-    (run / "summary.json").unlink()
-    (run / "checkpoints" / "latest").write_text("8")
+    interrupt(whole, run, at=8, end=12)
     result = train("--resume", "--run", run, stage=2)
     assert result.returncode == 0, result.stderr
     assert measurements(run) == measurements(whole)
