@@ -80,7 +80,8 @@ class HypergraphRound(nn.Module):
         super().__init__()
         self.config, self.experts = config, experts
         self.sets = config.sets(experts)
-        self.last_members = [own[-1] for own in self.sets]  # rising
+        last_members = [own[-1] for own in self.sets]  # rising
+        self.awake = [max(1, bisect_left(last_members, slots)) for slots in range(experts + 1)]
         count = len(self.sets) or config.hyperedges
         if config.incidence == "learned":
             self.membership_EM = nn.Parameter(torch.empty(experts, count))
@@ -122,7 +123,7 @@ class HypergraphRound(nn.Module):
         """Hyperedges all of whose members are awake; one at least, of the members that are."""
         if self.config.incidence == "learned":
             return self.config.hyperedges
-        return max(1, bisect_left(self.last_members, slots))
+        return self.awake[slots]
 
     def weights(self, slots: int) -> Tensor:
         """w of the hyperedges that are there: positive, 1 at the start."""
