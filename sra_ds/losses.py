@@ -2,7 +2,7 @@
 
     total = cross-entropy + w_balance * balance + w_dispersion * dispersion + w_z * z
             + w_ponder * iterations + w_entropy * entropy + w_memory * size + w_supervision * early
-            + w_orthogonality * overlap + w_ghost * error
+            + w_orthogonality * overlap + w_ghost * error + w_wavelet * error of filters
 
 with each term the mean over the layers that have it; those of the last two lines are penalties that parts
 of the model return. Equations: SRA v1 (arXiv 2509.14255v1) for cv2, signed
@@ -57,6 +57,7 @@ def _penalty_terms(
         "supervision": config.supervision_weight,
         "orthogonality": config.orthogonality_weight,
         "ghost": config.ghost_weight,
+        "wavelet": config.wavelet_weight,
     }
     return {
         name: (torch.stack(list(values)).mean() / tokens, weights[name])

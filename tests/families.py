@@ -103,6 +103,33 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "ghosts": {"count": 1, "background": True},
         }
     },
+    "spectral": {
+        "embedding": {"kind": "spectral", "harmonics": 6, "dropout": 0.0},
+        "mixer": {
+            "kind": "wavelet",
+            "form": "wave_conv",
+            "families": ["db2"],
+            "levels": 2,
+            "filters": "learnable",
+        },
+        "channel": {"kind": "dense", "feed_forward": GELU},
+    },
+    "spectral-hybrid": {
+        "embedding": {
+            "kind": "hybrid",
+            "harmonics": 6,
+            "frequencies": "learnable",
+            "coefficients": "polar",
+            "dropout": 0.0,
+        },
+        "mixer": {"kind": "wavelet", "heads": 4, "families": ["haar"], "dropout": 0.0},
+        "channel": {**MOE, "router": {"kind": "cosine"}},
+    },
+    "spectral-controls": {
+        "embedding": {"kind": "factorised", "rank": 12, "dropout": 0.0},
+        "mixer": {"kind": "convolution", "taps": 8},
+        "channel": {"kind": "dense", "feed_forward": GELU},
+    },
 }
 ROUTED = [name for name, model in FAMILIES.items() if model["channel"]["kind"] == "moe"]
 CLOSED = [

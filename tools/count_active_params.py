@@ -8,7 +8,8 @@ from typing import Any
 
 from sra_ds import cli
 from sra_ds.config import load_recipe
-from sra_ds.model.counting import count_parameters, flops_per_token, live_share
+from sra_ds.model.counting import count_parameters, live_share
+from sra_ds.model.flops import flops_per_token
 from sra_ds.model.language_model import build_model
 from sra_ds.storage.run_dir import open_run
 

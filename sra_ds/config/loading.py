@@ -4,7 +4,7 @@
 
 `model.moe.mode` in a layer stands for a few keys, those of a file in `recipes/modes`, below the layer's
 own. Layers merge key by key; a part whose `kind` changes is replaced whole, since the keys of one kind
-mean nothing to another; a corpus keeps what all sources share.
+mean nothing to another; a corpus keeps what all sources share, a wavelet mixer what both forms do.
 """
 
 import difflib
@@ -17,10 +17,13 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from sra_ds.config.data import CorpusConfig
+from sra_ds.config.model import WaveletsConfig
 from sra_ds.config.recipe import Recipe
 from sra_ds.errors import ConfigError
 
-CHOICE_KEYS = ("kind", "source")
+CHOICE_KEYS = ("kind", "source", "form")
+SHARED: dict[str, type[BaseModel]] = {"source": CorpusConfig, "form": WaveletsConfig}
+"""What the choices under a key have in common."""
 MODES = ("gnn", "hgnn", "orthogonal", "ghost")
 """Architectures of the MoE research family; `orthogonal` goes on from `hgnn`, `ghost` from that."""
 Tree = dict[str, Any]
@@ -107,13 +110,12 @@ def _with_defaults(tree: Tree) -> Tree:
 
 def _kept(old: Tree, new: Tree) -> Tree:
     """What of `old` still means something under `new`: nothing after a change of kind, what all
-    corpora share after a change of source."""
+    corpora share after a change of source, all wavelets after one of form."""
     changed = [key for key in CHOICE_KEYS if key in new and key in old and new[key] != old[key]]
     if not changed:
         return old
-    return {
-        key: old[key] for key in CorpusConfig.model_fields if key in old and "source" in changed
-    }
+    common = SHARED[changed[0]].model_fields if changed[0] in SHARED else ()
+    return {key: old[key] for key in common if key in old}
 
 
 def _read_layers(name_or_file: str, seen: tuple[str, ...]) -> Tree:

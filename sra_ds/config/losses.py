@@ -105,3 +105,5 @@ class LossesConfig(Part):
     all gradients are clipped together, and Adam does not mind."""
     supervision_weight: float = Field(0.3, ge=0)
     """Weight of the loss of the distributions before the last, with `model.head.deep_supervision`."""
+    wavelet_weight: float = Field(1e-2, ge=0)
+    """Weight of how far learned wavelet filters are from orthogonal, with `mixer.filters=learnable`."""

@@ -16,6 +16,7 @@ from sra_ds.config.model import (
     ResonanceConfig,
     RouterConfig,
     StaticMemoryConfig,
+    WaveletsConfig,
 )
 from sra_ds.config.training import (
     CheckpointConfig,
@@ -114,6 +115,7 @@ class Recipe(Part):
             and channel.ghosts.background
         )
         supervised = isinstance(head, PreManifestHeadConfig) and head.deep_supervision
+        filters = mixer.filters if isinstance(mixer, WaveletsConfig) else None
         for name, there, needed in (
             ("ponder_weight", soft, "mixer.kind=resonance with halting=soft and some iterations"),
             ("entropy_weight", soft, "mixer.kind=resonance with halting=soft and some iterations"),
@@ -121,6 +123,7 @@ class Recipe(Part):
             ("orthogonality_weight", compared, "channel.compare_outputs=true"),
             ("ghost_weight", taught, "channel.ghosts.background=true"),
             ("supervision_weight", supervised, "head.deep_supervision=true"),
+            ("wavelet_weight", filters == "learnable", "mixer.filters=learnable"),
         ):
             weight = getattr(self.losses, name)
             if not there and weight not in (0, LossesConfig.model_fields[name].default):
@@ -177,6 +180,13 @@ class Recipe(Part):
         stride, length = self.evaluation.stride, self.data.sequence_length
         if stride > length:
             raise ValueError(f"evaluation.stride={stride} exceeds data.sequence_length={length}")
+        mixer = self.model.mixer
+        if isinstance(mixer, WaveletsConfig) and mixer.receptive_field > length:
+            raise ValueError(
+                f"model.mixer.levels={mixer.levels} with families={list(mixer.families)} sees "
+                f"{mixer.receptive_field} positions, more than data.sequence_length={length}; take fewer "
+                "levels or a shorter filter"
+            )
         return self
 
     @model_validator(mode="after")

@@ -23,7 +23,8 @@ from tqdm import tqdm
 from sra_ds.config import load_recipe
 from sra_ds.errors import ConfigError, DataError, TrainingError
 from sra_ds.evaluation.experts import last_specialisation
-from sra_ds.model.counting import flops_per_token, live_share
+from sra_ds.model.counting import live_share
+from sra_ds.model.flops import flops_per_token
 from sra_ds.model.language_model import build_model
 from sra_ds.storage.run_dir import RunDir, open_run, read_json, write_atomically
 

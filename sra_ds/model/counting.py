@@ -6,14 +6,7 @@ from torch import nn
 
 from sra_ds.config.model import MoEChannelConfig
 from sra_ds.model.channels.prime_masked import SparseLinear
-from sra_ds.model.expert_blocks import StackedBlocks
-from sra_ds.model.heads.pre_manifest import PreManifestHead
 from sra_ds.model.language_model import LanguageModel
-from sra_ds.model.memories.fast import FastMemory
-from sra_ds.model.memories.static import StaticMemory
-from sra_ds.model.mixers.attention import Attention
-from sra_ds.model.mixers.resonance import Resonance
-from sra_ds.moe.coupling import Coupling
 from sra_ds.moe.experts import GroupedExperts
 from sra_ds.moe.routers import ROUTERS
 
@@ -74,46 +67,9 @@ def _part(module: nn.Module, model: LanguageModel) -> str:
     return "router" if isinstance(module, tuple(ROUTERS.values())) else "experts"
 
 
-def _top_k(model: LanguageModel) -> int:
-    """Experts of a token at the end of training."""
-    channel = model.config.channel
-    return channel.top_k if isinstance(channel, MoEChannelConfig) else 1
-
-
 def live_share(model: LanguageModel) -> float | None:
     """Share of the entries of sparse matrices that hold a weight; None for a model without any."""
     sparse = [module for module in model.modules() if isinstance(module, SparseLinear)]
     if not sparse:
         return None
     return sum(m.live for m in sparse) / sum(m.rows * m.columns for m in sparse)
-
-
-def flops_per_token(model: LanguageModel, sequence_length: int) -> float:
-    """Training FLOPs a token needs: 6 per active parameter, plus 6 T D per layer and iteration for
-    causal attention (half of the T x T products), plus what parts use more than once: a resonance
-    mixer's retrieval map in every iteration but the last, a refining head's table once more per step
-    without a gradient, fast weights, which are no parameters, the maps of a coupling for each of a
-    token's experts, the attention of experts that are blocks; less the slots that a token does not read.
-    A ghost that learns in the background is left out."""
-    counts = count_parameters(model)
-    total = 6 * float(counts["active_with_anchors"])
-    attention = 6 * sequence_length * model.config.width
-    for module in model.modules():
-        if isinstance(module, Attention):
-            total += attention
-        elif isinstance(module, StackedBlocks):
-            total += attention * len(module.expert_ids)
-        elif isinstance(module, Coupling):
-            total += 6 * (_top_k(model) - 1) * sum(map_.numel() for map_ in module.maps())
-        elif isinstance(module, Resonance):
-            total += attention * module.iterations
-            if module.iterations > 1:
-                total += 6 * (module.iterations - 2) * module.retrieval_weight.numel()
-        elif isinstance(module, StaticMemory):
-            slots = module.config
-            total -= 6 * (slots.slots - slots.best) * slots.value_width
-        elif isinstance(module, FastMemory):  # S k, the write, S q
-            total += 6 * 3 * module.config.heads * module.config.head_width**2
-        elif isinstance(module, PreManifestHead):
-            total += 2 * module.config.steps * model.vocab_size * module.table_width
-    return total

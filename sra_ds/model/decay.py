@@ -16,6 +16,11 @@ SPARED = (
     "raw_weight_M",
     "membership_EM",
     "norm_scale",
+    "phase_VH",
+    "frequency_shift_H",
+    "mixing_logit",
+    "learned_K",
+    "choice_F",
 )
 """Ends of the names of parameters for which zero is nothing special."""
 

@@ -17,13 +17,23 @@ from torch import Tensor, nn
 
 from sra_ds.config.model import CosineRouterConfig, RandomRouterConfig
 from sra_ds.model.channels.prime_masked import BlockLinear, MaskedLinear, SparseLinear
+from sra_ds.model.embeddings.factorised import FactorisedEmbedding
 from sra_ds.model.embeddings.prime_hilbert import PrimeHilbertEmbedding
+from sra_ds.model.embeddings.spectral import (
+    HybridEmbedding,
+    Waves,
+    first_frequencies,
+    wave_basis,
+)
 from sra_ds.model.embeddings.token import TokenEmbedding
 from sra_ds.model.expert_blocks import StackedBlocks
 from sra_ds.model.heads.pre_manifest import PreManifestHead
 from sra_ds.model.memories.fast import FastMemory
 from sra_ds.model.memories.static import StaticMemory
+from sra_ds.model.mixers.convolution import Convolution
+from sra_ds.model.mixers.filters import LowPass, wavelet_taps
 from sra_ds.model.mixers.resonance import Resonance
+from sra_ds.model.mixers.wavelet import BandGates
 from sra_ds.moe.coupling import UNIT_WEIGHT, GraphRound, HypergraphRound
 from sra_ds.moe.experts import GroupedExperts, ResidualLinear, ZeroLinear
 from sra_ds.moe.routers import CosineRouter, LinearRouter, RandomRouter
@@ -95,6 +105,38 @@ def _token_embedding(module: TokenEmbedding, residual_std: float, seed: int, nam
     _normal(module.weight, STD, seed, name)
 
 
+def _factorised_embedding(
+    module: FactorisedEmbedding, residual_std: float, seed: int, name: str
+) -> None:
+    del residual_std
+    rank, width = module.map_RD.shape
+    _normal(module.weight, STD * math.sqrt(width / min(rank, width)), seed, name)
+    _orthogonal(module.map_RD, 1.0, seed, name, "map")
+
+
+def _waves(module: Waves, residual_std: float, seed: int, name: str) -> None:
+    """Amplitudes and phases of normal coefficients, either way, that give vectors of N(0, 0.02)."""
+    del residual_std
+    rows = module.amplitude_VH if module.polar else module.weight
+    drawn_VM = torch.empty(len(rows), 2 * module.harmonics)
+    _normal(drawn_VM, STD * math.sqrt(module.width / drawn_VM.shape[1]), seed, name, "waves")
+    if module.polar:
+        cosine_VH, sine_VH = drawn_VM.chunk(2, -1)
+        module.amplitude_VH.copy_(torch.hypot(cosine_VH, sine_VH))
+        module.phase_VH.copy_(torch.atan2(sine_VH, cosine_VH))
+    else:
+        module.weight.copy_(drawn_VM)
+    if module.frequency_shift_H is not None:
+        module.frequency_shift_H.zero_()
+    else:
+        whole_H = first_frequencies(module.harmonics, module.width, torch.device("cpu"))
+        module.basis_MD.copy_(wave_basis(whole_H, module.width))
+    if isinstance(module, HybridEmbedding):
+        _normal(module.token_weight, STD, seed, name)
+        module.mixing_logit.fill_(math.log(module.config.ratio / (1 - module.config.ratio)))
+        module.ramp.fill_(1.0)
+
+
 def _prime_hilbert(
     module: PrimeHilbertEmbedding, residual_std: float, seed: int, name: str
 ) -> None:
@@ -116,6 +158,31 @@ def _resonance(module: Resonance, residual_std: float, seed: int, name: str) -> 
         _orthogonal(weight, 0.1, seed, name, "retrieval", head)
     module.update_gate.fill_(-2.0)
     module.sharpening.fill_(-4.0)
+
+
+def _low_pass(module: LowPass, residual_std: float, seed: int, name: str) -> None:
+    del residual_std, seed, name
+    module.taps_FK.zero_()
+    for row_K, family in zip(module.taps_FK, module.families, strict=True):
+        taps_K = wavelet_taps(family)
+        row_K[: len(taps_K)] = taps_K
+    if module.learned_K is not None:
+        module.learned_K.copy_(module.taps_FK[0])
+    if module.choice_F is not None:
+        module.choice_F.zero_()
+        module.temperature.fill_(1.0)
+
+
+def _band_gates(module: BandGates, residual_std: float, seed: int, name: str) -> None:
+    """Open by one over the number of bands; the weights are those of any linear map."""
+    del residual_std, seed, name
+    module.bias.fill_(-math.log(module.bands - 1))
+
+
+def _convolution(module: Convolution, residual_std: float, seed: int, name: str) -> None:
+    """Outputs of the size of the inputs."""
+    del residual_std
+    _normal(module.taps_KD, len(module.taps_KD) ** -0.5, seed, name, "taps")
 
 
 def _static_memory(module: StaticMemory, residual_std: float, seed: int, name: str) -> None:
@@ -181,7 +248,12 @@ INITIALISERS: dict[type[nn.Module], Callable[[Any, float, int, str], None]] = {
     SparseLinear: _sparse,
     TokenEmbedding: _token_embedding,
     PrimeHilbertEmbedding: _prime_hilbert,
+    FactorisedEmbedding: _factorised_embedding,
+    Waves: _waves,
     Resonance: _resonance,
+    LowPass: _low_pass,
+    BandGates: _band_gates,
+    Convolution: _convolution,
     StaticMemory: _static_memory,
     FastMemory: _fast_memory,
     PreManifestHead: _pre_manifest,

@@ -12,9 +12,12 @@ from typing import NamedTuple
 from sra_ds.config.model import (
     AttentionConfig,
     CosineRouterConfig,
+    FactorisedEmbeddingConfig,
     FastWeightsConfig,
     FeedForwardConfig,
     GeluConfig,
+    HarmonicsConfig,
+    HybridEmbeddingConfig,
     LinearRouterConfig,
     MoEChannelConfig,
     PersistentMemoryConfig,
@@ -26,6 +29,7 @@ from sra_ds.config.model import (
     StaticMemoryConfig,
 )
 from sra_ds.planning.case import Case
+from sra_ds.planning.filtered import filtered_numbers
 from sra_ds.planning.opened import opened_bytes
 
 FLOAT, INTEGER = 4, 8
@@ -80,7 +84,10 @@ def _mixer(case: Case) -> _Part:
     """Fused attention keeps its input (D), q and k after rotation and before it with v (5 D), its output
     twice (2 D) and the mask of documents as w numbers; unfused, three H x T matrices of weights."""
     model, w = case.recipe.model, case.width
-    width, heads, length = model.width, model.mixer.heads, case.recipe.data.sequence_length
+    width, length = model.width, case.recipe.data.sequence_length
+    if not isinstance(model.mixer, AttentionConfig | ResonanceConfig):
+        return _Part(filtered_numbers(model.mixer, width, length) * w, width * w, width * w)
+    heads = model.mixer.heads
     if isinstance(model.mixer, ResonanceConfig) and model.mixer.iterations > 1:
         inside, fixed = _iterations(model.mixer, width, length), case.tokens * length
         return _Part(inside * w, width * w, width * w, fixed // model.layers)
@@ -119,11 +126,17 @@ def _memory(case: Case) -> _Part:
 
 
 def _embedding(case: Case) -> float:
-    """Numbers per token besides the vectors: subspaces before and after codes and norms."""
+    """Numbers per token besides the vectors: subspaces before and after codes and norms; of a hybrid the
+    coefficients, both vectors and what the head is given; of polar coefficients what they come from."""
     embedding = case.recipe.model.embedding
-    if not isinstance(embedding, PrimeHilbertEmbeddingConfig):
+    if isinstance(embedding, PrimeHilbertEmbeddingConfig):
+        return 5 * embedding.copies * sum(embedding.primes)
+    if not isinstance(embedding, HarmonicsConfig):
         return 0
-    return 5 * embedding.copies * sum(embedding.primes)
+    polar = 7 * embedding.harmonics if embedding.coefficients == "polar" else 0
+    if isinstance(embedding, HybridEmbeddingConfig):
+        return 2 * case.recipe.model.width + 4 * embedding.harmonics + polar
+    return polar
 
 
 def _head(case: Case) -> float:
@@ -136,8 +149,14 @@ def _head(case: Case) -> float:
 
 def _table_width(case: Case) -> int:
     model = case.recipe.model
-    if isinstance(model.embedding, PrimeHilbertEmbeddingConfig):
-        return model.embedding.table_width
+    embedding = model.embedding
+    if isinstance(embedding, PrimeHilbertEmbeddingConfig):
+        return embedding.table_width
+    if isinstance(embedding, FactorisedEmbeddingConfig):
+        return embedding.rank
+    if isinstance(embedding, HarmonicsConfig):
+        tokens = model.width if isinstance(embedding, HybridEmbeddingConfig) else 0
+        return tokens + 2 * embedding.harmonics
     return model.width
 
 
@@ -205,4 +224,6 @@ def _logits(case: Case) -> int:
     chunk, vocabulary = model.head.chunk_tokens, case.recipe.data.tokenizer.vocab_size
     chunks = 3 if case.tokens > chunk else 2
     table = vocabulary * _table_width(case) * (FLOAT + (w if w < FLOAT else 0))
+    if isinstance(model.embedding, HybridEmbeddingConfig):  # its two tables side by side
+        table += vocabulary * _table_width(case) * w
     return min(case.tokens, chunk) * vocabulary * FLOAT * chunks + table

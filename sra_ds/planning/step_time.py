@@ -86,7 +86,7 @@ class StepTime(NamedTuple):
 
 def step_work(case: Case, counts: dict[str, Any]) -> Work:
     """6 FLOPs per active parameter and token and 6 T D per layer for attention, as
-    `counting.flops_per_token`; checkpointing repeats the forward third of all but the head. Experts held
+    `flops.flops_per_token`; checkpointing repeats the forward third of all but the head. Experts held
     here are read once forwards and twice backwards (for two products) in every micro-batch, and once
     more where the forward pass is repeated."""
     model, again = case.recipe.model, case.recipe.training.activation_checkpointing

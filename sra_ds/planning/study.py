@@ -9,7 +9,7 @@ For each number the recommended plan is kept. Calculated, not measured.
 from typing import Any
 
 from sra_ds.config import Recipe
-from sra_ds.model.counting import flops_per_token
+from sra_ds.model.flops import flops_per_token
 from sra_ds.model.language_model import build_model
 from sra_ds.planning.hardware import EFFICIENCY, GB, GPUS, HOST_MEMORY, INTER_NODE, Network
 from sra_ds.planning.plan import Candidate, candidates, recommended, with_training

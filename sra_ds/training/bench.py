@@ -16,7 +16,7 @@ from tqdm import tqdm
 from sra_ds.config import Recipe
 from sra_ds.data.loader import Batch
 from sra_ds.errors import TrainingError
-from sra_ds.model.counting import flops_per_token
+from sra_ds.model.flops import flops_per_token
 from sra_ds.model.language_model import LanguageModel, build_model
 from sra_ds.moe.placement import BackendName, Placement
 from sra_ds.training.backend_choice import installed_backends

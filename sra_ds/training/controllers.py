@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from sra_ds.config import Recipe
-from sra_ds.config.model import MoEChannelConfig, PersistentMemoryConfig
+from sra_ds.config.model import MoEChannelConfig, PersistentMemoryConfig, WaveletsConfig
 from sra_ds.config.training import ScheduleConfig
+from sra_ds.model.embeddings.spectral import HybridEmbedding
 from sra_ds.model.language_model import LanguageModel
 from sra_ds.model.memories.fast import write_memories
+from sra_ds.model.mixers.filters import LowPass
 from sra_ds.moe.routing import Routing
 
 
@@ -145,6 +147,50 @@ class TemperatureSchedule:
         del state
 
 
+class RatioRamp:
+    """The share of the waves in a hybrid embedding grows from 0 to where its own parameter takes over."""
+
+    def __init__(self, embedding: HybridEmbedding, steps: int) -> None:
+        self.embedding, self.length = embedding, embedding.config.ramp * steps
+
+    def on_step_start(self, step: int) -> None:
+        self.embedding.ramp.fill_(min(1.0, step / self.length) if self.length else 1.0)
+
+    def on_step_end(self, step: int, seen: Seen) -> Sequence[Event]:
+        del step, seen
+        return ()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}  # the ramp is a buffer of the model
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        del state
+
+
+class ChoiceTemperature:
+    """The draw among families of wavelets gets sharper, linearly over the run."""
+
+    def __init__(
+        self, low_passes: Sequence[LowPass], ends: tuple[float, float], steps: int
+    ) -> None:
+        self.low_passes, self.ends, self.steps = low_passes, ends, steps
+
+    def on_step_start(self, step: int) -> None:
+        value = interpolate([(0.0, self.ends[0]), (1.0, self.ends[1])], step / self.steps)
+        for low_pass in self.low_passes:
+            low_pass.temperature.fill_(value)
+
+    def on_step_end(self, step: int, seen: Seen) -> Sequence[Event]:
+        del step, seen
+        return ()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}  # the temperature is a buffer of the model
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        del state
+
+
 class SelectionBias:
     """Auxiliary-loss-free balancing (Wang et al. 2024, arXiv 2408.15664): b += u sign(mean - load)."""
 
@@ -200,6 +246,13 @@ def build_controllers(recipe: Recipe, model: LanguageModel) -> dict[str, Control
         controllers["temperature"] = TemperatureSchedule(model, knots, training.steps)
     if training.selection_bias_rate > 0:
         controllers["selection_bias"] = SelectionBias(model, training.selection_bias_rate)
+    if isinstance(model.embedding, HybridEmbedding):
+        controllers["ratio"] = RatioRamp(model.embedding, training.steps)
+    choosing = [module for module in model.modules() if isinstance(module, LowPass)]
+    mixer = recipe.model.mixer
+    if isinstance(mixer, WaveletsConfig) and len(mixer.families) > 1:
+        ends = mixer.choice_temperature
+        controllers["choice_temperature"] = ChoiceTemperature(choosing, ends, training.steps)
     if isinstance(recipe.model.memory, PersistentMemoryConfig):
         controllers["memory"] = MemoryWriter(model)
     return controllers

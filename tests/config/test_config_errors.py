@@ -60,7 +60,25 @@ BAD_OVERRIDES = {
     "model.channel.router=coz": (
         "model.channel.router.kind: got 'coz', allowed: 'cosine', 'linear', 'random', 'hash'"
     ),
-    "model.mixer=wavelet": "model.mixer.kind: got 'wavelet', allowed: 'attention', 'resonance'",
+    "model.mixer=mamba": (
+        "model.mixer.kind: got 'mamba', allowed: 'attention', 'resonance', 'convolution', 'wavelet'"
+    ),
+    "model.mixer={kind: wavelet, form: wave}": (
+        "model.mixer.form: got 'wave', allowed: 'wave_conv', 'wave_attn'"
+    ),
+    "model.mixer={kind: wavelet, level: 2}": "unknown key model.mixer.level (did you mean 'levels'?)",
+    "model.mixer={kind: wavelet, families: [dmey]}": (
+        "model.mixer.levels=3 with families=['dmey'] sees 428 positions, more than "
+    ),
+    "model.embedding={kind: spectral, harmonics: 500}": (
+        "model: embedding.harmonics=500: width=192 has room for at most 95 waves (width / 2 - 1)"
+    ),
+    "model.mixer={kind: wavelet, families: [db4, haar], filters: learnable}": (
+        "model.mixer: filters=learnable needs one family: where several are drawn from, those not "
+    ),
+    "losses.wavelet_weight=0.5": (
+        "losses.wavelet_weight=0.5 has no effect without model.mixer.filters=learnable"
+    ),
     "data.source=web": (
         "data.source: got 'web', allowed: 'docstrings', 'text', 'wikitext-103', 'wikitext-2', 'hub'"
     ),

@@ -9,7 +9,7 @@ from sra_ds.config import load_recipe
 from sra_ds.errors import ConfigError
 from sra_ds.evaluation.compare import read_sweep
 from sra_ds.inference.load import load_run
-from sra_ds.model.counting import flops_per_token
+from sra_ds.model.flops import flops_per_token
 from sra_ds.model.language_model import build_model
 from sra_ds.workflow.report import draw_figures
 

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from sra_ds.config import Recipe
-from sra_ds.model.counting import count_parameters, flops_per_token
+from sra_ds.model.counting import count_parameters
+from sra_ds.model.flops import flops_per_token
 from sra_ds.model.language_model import build_model
 
 Builder = Callable[..., Recipe]
@@ -48,6 +49,9 @@ FEED_FORWARDS = {
     "resonance": (2 * LIVE + HIDDEN + WIDTH, 2 * LIVE + HIDDEN + WIDTH, 0),
     "resonance-moe": (EXPERTS * GELU, TOP_K * GELU, EXPERTS * WIDTH + 1),
     "resonance-blocks": (3 * LIVE, 3 * LIVE, 0),
+    "spectral": (GELU, GELU, 0),
+    "spectral-hybrid": (EXPERTS * GELU, TOP_K * GELU, EXPERTS * WIDTH + 1),
+    "spectral-controls": (GELU, GELU, 0),
 }
 TABLE, SUBSPACES = 24, 2 * (3 + 5)
 PRIME_HILBERT = (
@@ -56,7 +60,13 @@ PRIME_HILBERT = (
     + 2 * 2  # strengths of tokens and positions
 )
 PRE_MANIFEST = TABLE**2 + 2
-EMBEDDING_HEAD = {"resonance": PRIME_HILBERT + PRE_MANIFEST}
+WAVES = 6
+EMBEDDING_HEAD = {
+    "resonance": PRIME_HILBERT + PRE_MANIFEST,
+    "spectral": VOCABULARY * 2 * WAVES,
+    "spectral-hybrid": VOCABULARY * (WIDTH + 2 * WAVES) + WAVES + 1,  # and frequencies, the ratio
+    "spectral-controls": (VOCABULARY + WIDTH) * 12,
+}
 RETRIEVAL = 2 * ((WIDTH // 2) ** 2 + 2)
 MEMORY = {
     "resonance": WIDTH * 8 + 8 * 8 + 1 + 8 * 6 + (6 * 3 + 3) + 2 * 3 * WIDTH,
@@ -64,6 +74,15 @@ MEMORY = {
     "resonance-blocks": (3 + 1) * WIDTH * 16 + WIDTH * 2 + 2 + 2,
 }
 ATTENTION = 4 * WIDTH * WIDTH + 4 * WIDTH
+OUT = WIDTH * WIDTH + WIDTH
+MIXERS = {
+    "resonance": ATTENTION + RETRIEVAL,
+    "resonance-moe": ATTENTION + RETRIEVAL,
+    "resonance-blocks": ATTENTION + RETRIEVAL,
+    "spectral": (WIDTH + 1) * 3 * WIDTH + OUT + 4,  # gates of 3 bands, and 4 learned taps
+    "spectral-hybrid": ATTENTION + (WIDTH + 1) * 4,
+    "spectral-controls": 8 * WIDTH + 2 * OUT,
+}
 NORMS = 4 * WIDTH * LAYERS + 2 * WIDTH
 
 
@@ -72,7 +91,7 @@ def test_t12_counts_equal_the_closed_form(tiny_recipe: Builder, family: str) -> 
     counts = count_parameters(build_model(tiny_recipe(family), "meta"))
     by_part = {
         "embedding_head": EMBEDDING_HEAD.get(family, VOCABULARY * WIDTH),
-        "attention": LAYERS * (ATTENTION + RETRIEVAL * family.startswith("resonance")),
+        "attention": LAYERS * MIXERS.get(family, ATTENTION),
         "experts": LAYERS * total_experts,
         "memory": LAYERS * MEMORY.get(family, 0),
         "router": LAYERS * router,
@@ -129,7 +148,14 @@ def test_t12_flops_are_six_per_active_weight_and_half_the_attention_square(
     model = build_model(tiny_recipe(family), "meta")
     # per layer and token: scores and their use, 2 T D multiply-adds, half of them masked, 3 passes
     attention = LAYERS * (2 * length * WIDTH) * 2 / 2 * 3
-    expected = 6 * count_parameters(model)["active_with_anchors"] + attention
+    expected = 6 * count_parameters(model)["active_with_anchors"]
+    if family == "spectral-hybrid":  # of four bands one keeps all keys, one a 4th, two an 8th
+        expected += attention * 1.5 / 4 + LAYERS * 6 * 2 * WIDTH * 2 * (1 + 3 / 4 + 2 / 4)
+        expected += 2 * 6 * 2 * WAVES * WIDTH
+    elif family == "spectral":  # two levels of 4 taps
+        expected += LAYERS * 6 * 4 * 2 * WIDTH + 2 * 4 * 2 * WAVES * WIDTH
+    elif family != "spectral-controls":
+        expected += attention
     if family.startswith("resonance"):  # 3 iterations, whose retrieval map is used twice
         expected += 2 * attention + LAYERS * 6 * 2 * (WIDTH // 2) ** 2
     if family in (

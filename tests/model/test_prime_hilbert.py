@@ -15,9 +15,9 @@ from sra_ds.config.model import PrimeHilbertEmbeddingConfig
 from sra_ds.model.context import document_positions
 from sra_ds.model.embeddings.prime_hilbert import (
     PrimeHilbertEmbedding,
-    effective_rank,
     position_codes,
 )
+from sra_ds.model.embeddings.rank import effective_rank
 from sra_ds.model.language_model import build_model
 
 Builder = Callable[..., Recipe]

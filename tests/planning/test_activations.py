@@ -42,6 +42,18 @@ RESONANT = {
 }
 
 
+SPECTRAL = {
+    "spectral": ("spectral-8m", []),
+    "two levels": (
+        "spectral-8m",
+        ["model.mixer={kind: wavelet, heads: 6, levels: 2}", "model.width=240"],
+    ),
+    "gated bands": ("spectral-8m-conv", []),
+    "plain convolution": ("spectral-8m-plain-conv", []),
+    "waves": ("spectral-8m-waves", []),
+    "factorised": ("spectral-8m-factorised", []),
+    "polar": ("spectral-8m", ["model.embedding={kind: hybrid, coefficients: polar}"]),
+}
 OPENED = {
     "gnn": ("gnn-moe", []),
     "hgnn": ("hgnn-moe", []),
@@ -110,10 +122,10 @@ def test_kept_activations_are_what_autograd_saves(name, checkpointed, kernels):
 
 @pytest.mark.parametrize(
     ("name", "kernels"),
-    [*((name, "auto") for name in [*RESONANT, *OPENED]), ("blocks", "reference")],
+    [*((name, "auto") for name in [*RESONANT, *OPENED, *SPECTRAL]), ("blocks", "reference")],
 )
 def test_kept_activations_of_the_other_families(name, kernels):
-    start, overrides = {**RESONANT, **OPENED}[name]
+    start, overrides = {**RESONANT, **OPENED, **SPECTRAL}[name]
     recipe = load_recipe(start, [*COMMON, *SMALL_HEAD, *overrides])
     with use_kernels(kernels):
         counted, compiled = saved_bytes(recipe), "cpu" in extension().devices

@@ -22,7 +22,11 @@ from sra_ds.config.model.couplings import (
 )
 from sra_ds.config.model.embeddings import (
     EmbeddingConfig,
+    FactorisedEmbeddingConfig,
+    HarmonicsConfig,
+    HybridEmbeddingConfig,
     PrimeHilbertEmbeddingConfig,
+    SpectralEmbeddingConfig,
     TokenEmbeddingConfig,
 )
 from sra_ds.config.model.heads import HeadConfig, PreManifestHeadConfig, TiedHeadConfig
@@ -34,7 +38,16 @@ from sra_ds.config.model.memory import (
     PersistentMemoryConfig,
     StaticMemoryConfig,
 )
-from sra_ds.config.model.mixers import AttentionConfig, HeadsConfig, MixerConfig, ResonanceConfig
+from sra_ds.config.model.mixers import (
+    AttentionConfig,
+    ConvolutionConfig,
+    HeadsConfig,
+    MixerConfig,
+    ResonanceConfig,
+    WaveAttentionConfig,
+    WaveConvConfig,
+    WaveletsConfig,
+)
 from sra_ds.config.model.routers import (
     AnyRouterConfig,
     CosineRouterConfig,
@@ -49,10 +62,12 @@ __all__ = [
     "AnyRouterConfig",
     "AttentionConfig",
     "ChannelConfig",
+    "ConvolutionConfig",
     "CosineRouterConfig",
     "CouplingConfig",
     "DenseChannelConfig",
     "EmbeddingConfig",
+    "FactorisedEmbeddingConfig",
     "FastMemoryConfig",
     "FastWeightsConfig",
     "FeedForwardConfig",
@@ -60,9 +75,11 @@ __all__ = [
     "GeluConfig",
     "GhostsConfig",
     "GraphCouplingConfig",
+    "HarmonicsConfig",
     "HashRouterConfig",
     "HeadConfig",
     "HeadsConfig",
+    "HybridEmbeddingConfig",
     "HypergraphCouplingConfig",
     "LinearRouterConfig",
     "MemoryConfig",
@@ -78,10 +95,14 @@ __all__ = [
     "RandomRouterConfig",
     "ResonanceConfig",
     "RouterConfig",
+    "SpectralEmbeddingConfig",
     "StaticMemoryConfig",
     "SwigluConfig",
     "TiedHeadConfig",
     "TokenEmbeddingConfig",
+    "WaveAttentionConfig",
+    "WaveConvConfig",
+    "WaveletsConfig",
 ]
 
 
@@ -100,10 +121,21 @@ class ModelConfig(Part):
     """Tokens see their own document only, whatever the mixer."""
 
     @model_validator(mode="after")
-    def _whole_heads(self) -> "ModelConfig":
-        if self.width % (2 * self.mixer.heads):
+    def _waves_fit(self) -> "ModelConfig":
+        waves = self.embedding
+        if isinstance(waves, HarmonicsConfig) and waves.harmonics > (most := self.width // 2 - 1):
             raise ValueError(
-                f"width={self.width} must be a multiple of 2 x mixer.heads={2 * self.mixer.heads}"
+                f"embedding.harmonics={waves.harmonics}: width={self.width} has room for at most {most} "
+                "waves (width / 2 - 1)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _whole_heads(self) -> "ModelConfig":
+        mixer = self.mixer
+        if isinstance(mixer, HeadsConfig) and self.width % (2 * mixer.heads):
+            raise ValueError(
+                f"width={self.width} must be a multiple of 2 x mixer.heads={2 * mixer.heads}"
             )
         if isinstance(self.channel, MoEChannelConfig):
             for name, size in (

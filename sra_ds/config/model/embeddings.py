@@ -33,8 +33,51 @@ class PrimeHilbertEmbeddingConfig(Part):
     """Dropout on the embedded tokens."""
 
 
+class FactorisedEmbeddingConfig(Part):
+    """A narrow table and a map to the residual width, shared with the head."""
+
+    kind: Literal["factorised"] = "factorised"
+    rank: int = Field(128, ge=1)
+    """Width of the table."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """Dropout on the embedded tokens."""
+
+
+class HarmonicsConfig(Part):
+    """What embeddings made of waves share."""
+
+    harmonics: int = Field(64, ge=1)
+    """Waves H, each with an amplitude and a phase per token; the rank is at most 2 H."""
+    frequencies: Literal["fixed", "learnable"] = "fixed"
+    """Whole numbers of periods, whose waves are orthonormal; or moved from there by training."""
+    coefficients: Literal["cartesian", "polar"] = "cartesian"
+    """What is trained: the weights of sine and cosine, or amplitude and phase."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """Dropout on the embedded tokens."""
+
+
+class SpectralEmbeddingConfig(HarmonicsConfig):
+    """A token is a sum of waves along the residual width, shared with the head."""
+
+    kind: Literal["spectral"] = "spectral"
+
+
+class HybridEmbeddingConfig(HarmonicsConfig):
+    """A table of one vector per token, mixed with a sum of waves in a proportion that is learned."""
+
+    kind: Literal["hybrid"] = "hybrid"
+    ratio: float = Field(0.5, gt=0, lt=1)
+    """Share of the waves when the ramp ends; learned from there."""
+    ramp: float = Field(0.2, ge=0, le=1)
+    """Share of the steps over which the waves' share grows from 0 to `ratio`."""
+
+
 EmbeddingConfig = Annotated[
-    TokenEmbeddingConfig | PrimeHilbertEmbeddingConfig,
+    TokenEmbeddingConfig
+    | PrimeHilbertEmbeddingConfig
+    | FactorisedEmbeddingConfig
+    | SpectralEmbeddingConfig
+    | HybridEmbeddingConfig,
     Field(discriminator="kind"),
     by_name("kind", "token"),
 ]

@@ -24,12 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sra_ds.config.model import PrimeHilbertEmbeddingConfig
+from sra_ds.model.embeddings.rank import MEASURED_TOKENS, effective_rank
 from sra_ds.model.facts import Facts
-from sra_ds.ops.precision import at_least_float32
 
 TABLE_STD = 0.02
-MEASURED_TOKENS = 512
-"""Tokens that the facts are measured on."""
 
 
 class PrimeHilbertEmbedding(nn.Module):
@@ -96,11 +94,3 @@ def position_codes(prime: int, device: torch.device | None = None) -> Tensor:
         return torch.cat([constant_p1, angles_pK.cos() / math.sqrt(2)], 1)
     waves = torch.cat([angles_pK.cos(), angles_pK.sin()], 1) * math.sqrt(2 / prime)
     return torch.cat([constant_p1, waves], 1)
-
-
-def effective_rank(x_ND: Tensor) -> Tensor:
-    """(sum of eigenvalues)^2 / sum of their squares, of the covariance of the rows: between 1 and D."""
-    x_ND = at_least_float32(x_ND)
-    centred_ND = x_ND - x_ND.mean(0)
-    covariance_DD = centred_ND.T @ centred_ND
-    return covariance_DD.trace().square() / covariance_DD.square().sum().clamp(min=1e-30)
