@@ -68,16 +68,18 @@ BAD_OVERRIDES = {
     ),
     "model.mixer={kind: wavelet, level: 2}": "unknown key model.mixer.level (did you mean 'levels'?)",
     "model.mixer={kind: wavelet, families: [dmey]}": (
-        "model.mixer.levels=3 with families=['dmey'] sees 428 positions, more than "
+        "recipe: model.mixer.levels=3 with families=['dmey'] sees 428 positions, more than "
+        "data.sequence_length=32; take fewer levels or a shorter filter"
     ),
     "model.embedding={kind: spectral, harmonics: 500}": (
-        "model: embedding.harmonics=500: width=192 has room for at most 95 waves (width / 2 - 1)"
+        "model: embedding.harmonics=500: width=16 has room for at most 7 waves (width / 2 - 1)"
     ),
     "model.mixer={kind: wavelet, families: [db4, haar], filters: learnable}": (
-        "model.mixer: filters=learnable needs one family: where several are drawn from, those not "
+        "model.mixer: filters=learnable needs one family: where several are drawn from, those not drawn "
+        "would not learn"
     ),
     "losses.wavelet_weight=0.5": (
-        "losses.wavelet_weight=0.5 has no effect without model.mixer.filters=learnable"
+        "recipe: losses.wavelet_weight=0.5 has no effect without model.mixer.filters=learnable"
     ),
     "data.source=web": (
         "data.source: got 'web', allowed: 'docstrings', 'text', 'wikitext-103', 'wikitext-2', 'hub'"
