@@ -12,7 +12,7 @@ from sra_ds import cli
 from sra_ds.config import load_recipe
 from sra_ds.errors import ConfigError
 from sra_ds.storage.run_dir import RunDir, new_run_dir, newest_run, open_run
-from sra_ds.training.environment import leave, prepare_process, rank, world_size
+from sra_ds.training.environment import DEVICES, leave, prepare_process, rank, world_size
 
 
 def main() -> int:
@@ -27,6 +27,7 @@ def main() -> int:
     parser.add_argument(
         "--init-from", type=Path, metavar="RUN", help="start from another run's weights"
     )
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="mps was never tried")
     parser.add_argument("--dry-run", action="store_true", help="resolve everything, then stop")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     code = cli.run(parser.parse_intermixed_args(), command, show)
@@ -37,7 +38,7 @@ def main() -> int:
 
 def command(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """Resolve the run, then train it or describe it."""
-    prepare_process()
+    prepare_process(arguments.device)
     from sra_ds import workflow  # DeepSpeed reads the environment when it is imported
 
     if arguments.resume and arguments.run and arguments.recipe:

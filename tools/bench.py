@@ -6,11 +6,12 @@ scaling   throughput of two processes over one, one thread and the same batch ea
 memory    peak memory of one training step, in plain torch and at ZeRO-2, each in a fresh process
 router    the compiled routing operator against the usual chain of torch calls; router-grid: all sizes
 experts   the compiled experts against grouped products, a loop, AutoEP and one large product
-mixer     resonance against attention; channel: the sparse feed-forward network against a dense one
+mixer     resonance against attention; bands: mixers with filters, on long windows; channel: sparse
+          feed-forward networks against a dense one
+latency   milliseconds to the first token after a prompt of 64, and to each of the next 64
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,18 @@ from sra_ds.training.environment import prepare_process
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("0", "1", "2", "3")
-KERNELS, PARTS = ("router", "router-grid", "experts"), ("mixer", "channel")
+RECIPES = {
+    **dict.fromkeys(("step", "backends", "scaling"), ("sra-small", "dense-small")),
+    "memory": ("sra-128e",),
+    "latency": ("spectral-8m", "spectral-8m-token"),
+}
+KERNELS, PARTS = ("router", "router-grid", "experts"), ("mixer", "bands", "channel")
 
 
 def main() -> int:
     """Parse and run."""
     parser = cli.parser(__doc__ or "")
-    parser.add_argument("what", choices=("step", "backends", "scaling", "memory", *KERNELS, *PARTS))
+    parser.add_argument("what", choices=(*RECIPES, *KERNELS, *PARTS))
     parser.add_argument("--recipes", nargs="+", help="the recipe, then its dense twin")
     parser.add_argument("--batch", type=cli.at_least(1), help="windows a step, for backends")
     parser.add_argument("--stages", nargs="*", choices=STAGES, default=STAGES[:3], help="for step")
@@ -43,33 +49,33 @@ def command(arguments: argparse.Namespace) -> dict[str, Any]:
     prepare_process()
     from sra_ds.training import bench  # DeepSpeed reads the environment when it is imported
     from sra_ds.training.kernel_bench import bench_kernels
+    from sra_ds.training.latency import bench_latency
     from sra_ds.training.part_bench import bench_parts
     from sra_ds.training.scaling import bench_scaling
 
     if arguments.what in (*KERNELS, *PARTS):
         bench_one = bench_kernels if arguments.what in KERNELS else bench_parts
         return bench_one(arguments.what, arguments.rounds)
+    names, size = arguments.recipes or RECIPES[arguments.what], arguments.micro_batch
     whole = ["training.precision=fp32", "training.micro_batch_size=0"]
-    if arguments.what == "step":
-        recipes = [load_recipe(n, whole) for n in arguments.recipes or ["sra-small", "dense-small"]]
-        stages = {f"zero{stage}": ds_config(stage) for stage in arguments.stages}
-        return bench.bench_step(recipes, stages, arguments.rounds)
+    if arguments.what == "memory":
+        small = [*whole, f"training.batch_size={size}"]
+        if arguments.one:
+            config = None if arguments.one == "torch" else ds_config(arguments.one)
+            return bench.peak_memory_of_one_step(load_recipe(names[0], small), config)
+        common = ["memory", "--json", "--micro-batch", str(size), "--recipes", names[0], "--one"]
+        return bench.in_fresh_processes(common, ("torch", "2"))
     if arguments.what == "backends":
-        batch = [f"training.batch_size={arguments.batch}"] if arguments.batch else []
-        names = arguments.recipes or ["sra-small", "dense-small"]
-        recipe, dense = (load_recipe(name, [*whole[1:], *batch]) for name in names[:2])
-        return bench.bench_backends(recipe, dense, ds_config("2"), arguments.rounds)
+        whole = [*whole[1:], *([f"training.batch_size={arguments.batch}"] * bool(arguments.batch))]
+    recipes = [load_recipe(name, whole) for name in names]
+    if arguments.what == "latency":
+        return bench_latency(recipes, arguments.rounds)
+    if arguments.what == "backends":
+        return bench.bench_backends(*recipes[:2], ds_config("2"), arguments.rounds)
     if arguments.what == "scaling":
-        recipe = load_recipe((arguments.recipes or ["sra-small"])[0], whole)
-        return bench_scaling(recipe, ds_config("2"), arguments.rounds)
-    name = (arguments.recipes or ["sra-128e"])[0]
-    size = f"training.batch_size={arguments.micro_batch}"
-    if arguments.one:
-        config = None if arguments.one == "torch" else ds_config(arguments.one)
-        return bench.peak_memory_of_one_step(load_recipe(name, [*whole, size]), config)
-    common = [sys.argv[0], "memory", "--json", "--micro-batch", str(arguments.micro_batch)]
-    common += ["--recipes", name, "--one"]
-    return {one: json.loads(bench.in_fresh_process([*common, one])) for one in ("torch", "2")}
+        return bench_scaling(recipes[0], ds_config("2"), arguments.rounds)
+    stages = {f"zero{stage}": ds_config(stage) for stage in arguments.stages}
+    return bench.bench_step(recipes, stages, arguments.rounds)
 
 
 def ds_config(stage: str) -> dict[str, Any]:

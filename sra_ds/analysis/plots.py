@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from sra_ds.analysis.moe_plots import Connections, moe_figures
 from sra_ds.analysis.resonance_plots import compression_figure, mask_figure, resonance_figures
+from sra_ds.analysis.spectral_plots import Spectrum, spectral_figures
 
 Metrics = list[dict[str, Any]]
 
@@ -28,11 +29,13 @@ class Shown(NamedTuple):
     """Those of the sparse matrices of one layer."""
     connections: list[Connections]
     """Of each layer whose experts are coupled."""
+    spectrum: Spectrum | None
+    """Of an embedding made of waves."""
 
 
 def draw_run(metrics: Metrics, shown: Shown, folder: Path) -> list[Path]:
     """Write the figures that apply to this run; returns their paths."""
-    loads, grams, masks, connections = shown
+    loads, grams, masks, connections, spectrum = shown
     steps = [line for line in metrics if "loss" in line]
     checks = [line for line in metrics if "validation" in line]
     figures: dict[str, Figure] = {}
@@ -40,6 +43,7 @@ def draw_run(metrics: Metrics, shown: Shown, folder: Path) -> list[Path]:
         figures["loss"] = loss_figure(steps, checks)
         figures["learning_rate"] = line_figure(steps, "learning_rate", "learning rate")
         figures |= resonance_figures(steps)
+    figures |= spectral_figures(steps, spectrum)
     if checks:
         figures["perplexity"] = perplexity_figure(checks)
     if loads:

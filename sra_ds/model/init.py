@@ -120,19 +120,20 @@ def _waves(module: Waves, residual_std: float, seed: int, name: str) -> None:
     rows = module.amplitude_VH if module.polar else module.weight
     drawn_VM = torch.empty(len(rows), 2 * module.harmonics)
     _normal(drawn_VM, STD * math.sqrt(module.width / drawn_VM.shape[1]), seed, name, "waves")
+    if module.own:
+        _normal(module.weight[:, : module.own], STD, seed, name)
     if module.polar:
         cosine_VH, sine_VH = drawn_VM.chunk(2, -1)
         module.amplitude_VH.copy_(torch.hypot(cosine_VH, sine_VH))
         module.phase_VH.copy_(torch.atan2(sine_VH, cosine_VH))
     else:
-        module.weight.copy_(drawn_VM)
+        module.weight[:, module.own :].copy_(drawn_VM)
     if module.frequency_shift_H is not None:
         module.frequency_shift_H.zero_()
     else:
         whole_H = first_frequencies(module.harmonics, module.width, torch.device("cpu"))
         module.basis_MD.copy_(wave_basis(whole_H, module.width))
     if isinstance(module, HybridEmbedding):
-        _normal(module.token_weight, STD, seed, name)
         module.mixing_logit.fill_(math.log(module.config.ratio / (1 - module.config.ratio)))
         module.ramp.fill_(1.0)
 

@@ -224,6 +224,6 @@ def _logits(case: Case) -> int:
     chunk, vocabulary = model.head.chunk_tokens, case.recipe.data.tokenizer.vocab_size
     chunks = 3 if case.tokens > chunk else 2
     table = vocabulary * _table_width(case) * (FLOAT + (w if w < FLOAT else 0))
-    if isinstance(model.embedding, HybridEmbeddingConfig):  # its two tables side by side
-        table += vocabulary * _table_width(case) * w
+    if isinstance(model.embedding, HarmonicsConfig) and model.embedding.coefficients == "polar":
+        table += vocabulary * _table_width(case) * w  # made anew
     return min(case.tokens, chunk) * vocabulary * FLOAT * chunks + table

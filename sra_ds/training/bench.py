@@ -2,12 +2,13 @@
 each in turn, medians over the rounds. Random tokens, fresh ones every step.
 """
 
+import json
 import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -191,14 +192,16 @@ def peak_memory_of_one_step(recipe: Recipe, ds_config: dict[str, Any] | None) ->
     }
 
 
-def in_fresh_process(arguments: list[str]) -> str:
-    """Standard output of this program run again with other arguments."""
-    result = subprocess.run(
-        [sys.executable, *arguments], check=False, stdout=subprocess.PIPE, text=True
-    )
-    if result.returncode:
-        raise TrainingError(f"{' '.join(arguments)} ended with exit code {result.returncode}")
-    return result.stdout
+def in_fresh_processes(arguments: list[str], last: Sequence[str]) -> dict[str, Any]:
+    """The JSON that this program prints, run again with other arguments and each `last` one in turn."""
+    found = {}
+    for one in last:
+        command = [sys.executable, sys.argv[0], *arguments, one]
+        result = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+        if result.returncode:
+            raise TrainingError(f"{' '.join(command[1:])} ended with exit code {result.returncode}")
+        found[one] = json.loads(result.stdout)
+    return found
 
 
 def _ratio(seconds: dict[str, list[float]], above: str, below: str) -> float:

@@ -27,11 +27,18 @@ SINGLE_PROCESS = {
 LOCK_GRACE_SECONDS = 30
 
 
-def prepare_process() -> None:
-    """Set what torch and DeepSpeed read at start; safe to call twice.
+DEVICES = ("auto", "cpu", "cuda", "mps")
 
-    Raises `BackendUnavailable` for a build lock that a killed compilation left behind.
+
+def prepare_process(device: str = "auto") -> None:
+    """Set what torch and DeepSpeed read at start; safe to call twice. `device` is one of `DEVICES`.
+
+    Raises `BackendUnavailable` for a device that is not here, and for a build lock that a killed
+    compilation left behind.
     """
+    if device != "auto":
+        require_device(device)
+        os.environ["DS_ACCELERATOR"] = device
     if "RANK" not in os.environ:
         os.environ.update({**SINGLE_PROCESS, "MASTER_PORT": str(free_port()), **os.environ})
     if "TORCH_EXTENSIONS_DIR" not in os.environ and sys.prefix != sys.base_prefix:
@@ -99,13 +106,31 @@ def _being_built(folder: Path) -> bool:
     return False
 
 
+def require_device(device: str) -> None:
+    """Raises `BackendUnavailable` unless torch can use it."""
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not here.get(device, True):
+        raise BackendUnavailable(
+            f"--device {device}: torch {torch.__version__} finds none here; take auto or cpu"
+        )
+
+
 def choose_device() -> tuple[torch.device, str]:
-    """The device of this process and why."""
-    if torch.cuda.is_available():
+    """The device of this process and why: the one that was asked for, else a GPU, else the CPU."""
+    asked = os.environ.get("DS_ACCELERATOR")
+    if asked == "mps":
+        require_device(asked)
+        return torch.device("mps"), "asked for; nothing here was ever run on one"
+    if asked != "cpu" and torch.cuda.is_available():
         index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
         torch.cuda.set_device(index)
         return torch.device("cuda", index), torch.cuda.get_device_name(index)
-    reason = "this torch has no CUDA" if torch.version.cuda is None else "no CUDA device is visible"
+    if torch.cuda.is_available():
+        reason = "asked for"
+    elif torch.version.cuda is None:
+        reason = "this torch has no CUDA"
+    else:
+        reason = "no CUDA device is visible"
     return torch.device("cpu"), f"{reason}; {torch.get_num_threads()} threads"
 
 

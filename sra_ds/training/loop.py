@@ -23,8 +23,8 @@ from sra_ds.data.loader import Batch
 from sra_ds.errors import TrainingError
 from sra_ds.heap import GIVE_BACK_EVERY, give_back_freed_memory
 from sra_ds.metrics import halting_summary
-from sra_ds.model.flops import flops_per_token
 from sra_ds.model.facts import Halting
+from sra_ds.model.flops import flops_per_token
 from sra_ds.moe.routing import Routing
 from sra_ds.storage import checkpoint
 from sra_ds.storage.run_dir import RunDir, read_json

@@ -1,10 +1,12 @@
 """Parts of a block against the plain ones they stand for, in turn in one process.
 
     mixer      attention; resonance of 3 iterations, halting softly, and hard at no and at every token
+    bands      attention; gated bands of wavelets, attention on bands, a plain convolution as wide
     channel    a dense feed-forward network; the same sparse, as whole matrices and in blocks
 
-Forward alone (without gradient) and with the backward pass, in float32, on windows of several documents.
-Times are medians over rounds; what counts are ratios within a run.
+Forward alone (without gradient) and with the backward pass, in float32, on windows of several documents;
+bands on long windows of one document, where attention is at its fastest. Times are medians over rounds;
+what counts are ratios within a run.
 """
 
 from typing import Any
@@ -14,10 +16,13 @@ from torch import Tensor, nn
 
 from sra_ds.config.model import (
     AttentionConfig,
+    ConvolutionConfig,
     DenseChannelConfig,
     GeluConfig,
     PrimeMaskedChannelConfig,
     ResonanceConfig,
+    WaveAttentionConfig,
+    WaveConvConfig,
 )
 from sra_ds.heap import keep_freed_memory
 from sra_ds.model.channels.dense import DenseChannel
@@ -25,27 +30,52 @@ from sra_ds.model.channels.prime_masked import PrimeMaskedChannel
 from sra_ds.model.context import Context, document_positions, visible_positions
 from sra_ds.model.init import initialise
 from sra_ds.model.mixers.attention import Attention
+from sra_ds.model.mixers.convolution import Convolution
 from sra_ds.model.mixers.resonance import Resonance
+from sra_ds.model.mixers.wavelet import WaveAttention, WaveConv
 from sra_ds.training.kernel_bench import Work, medians
 
 WINDOWS, LENGTH = 16, 256
 MIXER_WIDTH, HEADS = 256, 4
+LONG = ((4, 1024), (1, 4096))
+"""Windows and their length, for bands."""
 CHANNEL_WIDTHS = ((256, 1024), (768, 3072))
 DOCUMENT = 1 / 64
 """Chance that a token opens a document."""
 
 
 def bench_parts(what: str, rounds: int) -> dict[str, Any]:
-    """`mixer` or `channel`."""
+    """`mixer`, `bands` or `channel`."""
     keep_freed_memory()
+    if what == "bands":
+        return {
+            f"B{windows} T{length} D{MIXER_WIDTH}": compare(
+                bands(), MIXER_WIDTH, "attention", rounds, one_document(windows, length)
+            )
+            for windows, length in LONG
+        }
+    context = batch_context()
     if what == "mixer":
         size = f"B{WINDOWS} T{LENGTH} D{MIXER_WIDTH} H{HEADS}"
-        return {size: compare(mixers(), MIXER_WIDTH, "attention", rounds)}
+        return {size: compare(mixers(), MIXER_WIDTH, "attention", rounds, context)}
     return {
         f"B{WINDOWS} T{LENGTH} D{width} F{hidden}": compare(
-            channels(width, hidden), width, "dense", rounds
+            channels(width, hidden), width, "dense", rounds, context
         )
         for width, hidden in CHANNEL_WIDTHS
+    }
+
+
+def bands() -> dict[str, nn.Module]:
+    """Attention beside mixers with filters of db4, three levels."""
+    width = MIXER_WIDTH
+    return {
+        "attention": Attention(AttentionConfig(heads=HEADS, dropout=0.0), width),
+        "wave_conv": WaveConv(WaveConvConfig(filters="learnable"), width),
+        "wave_attn": WaveAttention(
+            WaveAttentionConfig(heads=HEADS, filters="learnable", dropout=0.0), width
+        ),
+        "convolution": Convolution(ConvolutionConfig(taps=50), width),
     }
 
 
@@ -78,14 +108,15 @@ def channels(width: int, hidden: int) -> dict[str, nn.Module]:
     return {"dense": DenseChannel(DenseChannelConfig(feed_forward=network), width), **sparse}
 
 
-def compare(parts: dict[str, nn.Module], width: int, plain: str, rounds: int) -> dict[str, Any]:
+def compare(
+    parts: dict[str, nn.Module], width: int, plain: str, rounds: int, context: Context
+) -> dict[str, Any]:
     """Milliseconds of each part and its ratio to the plain one, forwards and with backward."""
     for part in parts.values():
         holder = nn.Module()
         holder.blocks = nn.ModuleList([part])
         initialise(holder, 0)
-    context = batch_context()
-    x_BTD = torch.randn(WINDOWS, LENGTH, width, requires_grad=True)
+    x_BTD = torch.randn(*context.ids_BT.shape, width, requires_grad=True)
     grad_BTD = torch.randn_like(x_BTD)
     found = {}
     for direction, backward in (("forward", False), ("with backward", True)):
@@ -119,3 +150,10 @@ def batch_context() -> Context:
     every = torch.ones_like(ids_BT, dtype=torch.bool)
     positions_BT = document_positions(documents_BT, every)
     return Context(ids_BT, torch.arange(LENGTH), positions_BT, None, visible)
+
+
+def one_document(windows: int, length: int) -> Context:
+    """Windows that one document fills."""
+    ids_BT = torch.zeros(windows, length, dtype=torch.int64)
+    positions_T = torch.arange(length)
+    return Context(ids_BT, positions_T, positions_T.expand(windows, -1), None, None)

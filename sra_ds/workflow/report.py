@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from sra_ds.analysis.moe_plots import Connections
 from sra_ds.analysis.plots import Shown, draw_run
+from sra_ds.analysis.spectral_plots import Spectrum
 from sra_ds.evaluation.experts import last_specialisation
 from sra_ds.evaluation.run import Scoring, score_legacy
 from sra_ds.evaluation.text import open_corpus
@@ -16,6 +17,7 @@ from sra_ds.inference.generate import generate
 from sra_ds.inference.load import LoadedRun, load_run
 from sra_ds.model.channels.prime_masked import SparseLinear
 from sra_ds.model.counting import count_parameters
+from sra_ds.model.embeddings.spectral import Waves
 from sra_ds.storage.run_dir import RunDir, write_atomically
 from sra_ds.training.loop import Outcome
 from sra_ds.workflow.resolve import Resolved
@@ -75,7 +77,12 @@ def draw_figures(loaded: LoadedRun, run: RunDir) -> list[Path]:
             last: Any = layer.coupling.rounds[-1]
             strengths = last.strengths(layer.router.slots).cpu().numpy()
             connections.append(Connections(strengths, last.hyperedges(layer.router.slots)))
-    return draw_run(run.metrics(), Shown(loads, grams, masks, connections), run.figures)
+    embedding = loaded.model.embedding
+    spectrum = None
+    if isinstance(embedding, Waves):
+        spectrum = Spectrum(embedding.frequencies().numpy(), embedding.spectrum().cpu().numpy())
+    shown = Shown(loads, grams, masks, connections, spectrum)
+    return draw_run(run.metrics(), shown, run.figures)
 
 
 def write_samples(loaded: LoadedRun, run: RunDir) -> dict[str, str]:

@@ -24,7 +24,9 @@ def step(
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("family", ["moe-cosine", "dense", "moe-hgnn", "moe-block"])
+@pytest.mark.parametrize(
+    "family", ["moe-cosine", "dense", "moe-hgnn", "moe-block", "spectral-hybrid", "spectral"]
+)
 def test_compiled_blocks_equal_eager_ones(tiny_recipe: Builder, family: str) -> None:
     torch.compiler.reset()
     model = randomise(build_model(tiny_recipe(family)), 0.1).train()

@@ -10,7 +10,11 @@ from safetensors import SafetensorError
 
 from commands import BIN, call
 from sra_ds.errors import BackendUnavailable
-from sra_ds.training.environment import refuse_stale_build_locks
+from sra_ds.training.environment import (
+    choose_device,
+    prepare_process,
+    refuse_stale_build_locks,
+)
 from sra_ds.training.health import RecentLoad
 
 
@@ -78,3 +82,18 @@ def test_recent_load_covers_the_newest_window():
     assert recent.tokens == 24
     assert recent.load_LE.sum() == 24
     assert recent.summary()["dead"] == 1
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_device_that_is_not_here_is_refused(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(BackendUnavailable, match=f"--device {device}: .* take auto or cpu"):
+        prepare_process(device)
+
+
+def test_the_cpu_can_be_asked_for_where_there_is_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    device, reason = choose_device()
+    assert device.type == "cpu" and reason.startswith("asked for")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sra_ds.training import part_bench
+from sra_ds.training import latency, part_bench
 from sra_ds.training.part_bench import batch_context, bench_parts, mixers
 
 
@@ -13,12 +13,14 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(part_bench, "LENGTH", 20)
     monkeypatch.setattr(part_bench, "MIXER_WIDTH", 16)
     monkeypatch.setattr(part_bench, "CHANNEL_WIDTHS", ((24, 48),))
+    monkeypatch.setattr(part_bench, "LONG", ((1, 60),))
 
 
 @pytest.mark.parametrize(
     ("what", "plain", "others"),
     [
         ("mixer", "attention", {"soft", "hard, all go on", "hard, all stop"}),
+        ("bands", "attention", {"wave_conv", "wave_attn", "convolution"}),
         ("channel", "dense", {"masked", "blocks"}),
     ],
 )
@@ -39,3 +41,12 @@ def test_the_rules_of_the_mixers_do_what_their_names_say() -> None:
             torch.nn.init.normal_(parameter, 0, 0.1)
         counts = mixer(torch.randn(2, 20, 16), context)[1]["halting"].iterations_BT
         assert (counts == iterations).all()
+
+
+def test_latency_is_told_for_each_recipe(tiny_recipe) -> None:
+    names = ("dense", "spectral-hybrid")
+    found = latency.bench_latency([tiny_recipe(name) for name in names], 1)
+    assert set(found) == set(names)
+    for own in found.values():
+        assert 0 < own["each_token"] <= own["slowest_tenth"]
+        assert own["first_token"] > 0

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from sra_ds.config.model import PrimeHilbertEmbeddingConfig
 from sra_ds.model.embeddings.rank import MEASURED_TOKENS, effective_rank
 from sra_ds.model.facts import Facts
+from sra_ds.ops.precision import widest
 
 TABLE_STD = 0.02
 
@@ -86,8 +87,8 @@ class PrimeHilbertEmbedding(nn.Module):
 
 def position_codes(prime: int, device: torch.device | None = None) -> Tensor:
     """code_p of the positions 0 .. p-1 as rows, p x p orthonormal, in float64."""
-    waves_K = torch.arange(1, prime // 2 + 1, dtype=torch.float64, device=device)
-    places_p = torch.arange(prime, dtype=torch.float64, device=device)
+    waves_K = torch.arange(1, prime // 2 + 1, dtype=widest(device), device=device)
+    places_p = torch.arange(prime, dtype=widest(device), device=device)
     angles_pK = places_p[:, None] * waves_K * (2 * math.pi / prime)
     constant_p1 = torch.full_like(places_p[:, None], 1 / math.sqrt(prime))
     if prime == 2:  # its one wave is its own mirror image

@@ -22,46 +22,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sra_ds.config.model import HarmonicsConfig, HybridEmbeddingConfig, SpectralEmbeddingConfig
+from sra_ds.config.model import HarmonicsConfig, HybridEmbeddingConfig
 from sra_ds.model.embeddings.rank import MEASURED_TOKENS, effective_rank
 from sra_ds.model.facts import Facts
-from sra_ds.ops.precision import at_least_float32
+from sra_ds.ops.precision import at_least_float32, widest
 
 
 class Waves(nn.Module):
-    """What embeddings made of waves share: the coefficients of every token, and the waves."""
+    """What embeddings made of waves share: a table of every token's coefficients, beside a vector of
+    `own` numbers of its own, and the waves."""
 
     basis_MD: Tensor
 
-    def __init__(self, config: HarmonicsConfig, vocab_size: int, width: int) -> None:
+    def __init__(self, config: HarmonicsConfig, vocab_size: int, width: int, own: int = 0) -> None:
         super().__init__()
         self.width, self.harmonics, self.dropout = width, config.harmonics, config.dropout
+        self.own, self.table_width = own, own + 2 * config.harmonics
         self.polar = config.coefficients == "polar"
+        columns = own if self.polar else self.table_width
+        if columns:
+            self.weight = nn.Parameter(torch.empty(vocab_size, columns))
         if self.polar:
             self.amplitude_VH = nn.Parameter(torch.empty(vocab_size, config.harmonics))
             self.phase_VH = nn.Parameter(torch.empty(vocab_size, config.harmonics))
-        else:
-            self.weight = nn.Parameter(torch.empty(vocab_size, 2 * config.harmonics))
         self.frequency_shift_H: nn.Parameter | None = None
         if config.frequencies == "learnable":
             self.frequency_shift_H = nn.Parameter(torch.empty(config.harmonics))
         else:
             self.register_buffer("basis_MD", torch.empty(2 * config.harmonics, width), False)
 
-    def wave_parameters(self) -> list[nn.Parameter]:
-        """Those that coefficients and waves are made of."""
-        own = [self.amplitude_VH, self.phase_VH] if self.polar else [self.weight]
-        return own if self.frequency_shift_H is None else [*own, self.frequency_shift_H]
-
-    def coefficients(self, ids: Tensor | None = None) -> Tensor:
-        """c of the given tokens, or of all: ... x M."""
+    def table(self, ids: Tensor | None = None) -> Tensor:
+        """Own vector and c of the given tokens, or of all, side by side: ... x (own + M)."""
         if not self.polar:
-            return self.weight if ids is None else F.embedding(ids, self.weight)
-        amplitude, phase = (
-            parameter if ids is None else F.embedding(ids, parameter)
-            for parameter in (self.amplitude_VH, self.phase_VH)
-        )
-        return torch.cat([amplitude * phase.cos(), amplitude * phase.sin()], -1)
+            return _rows(self.weight, ids)
+        amplitude, phase = _rows(self.amplitude_VH, ids), _rows(self.phase_VH, ids)
+        waves = [amplitude * phase.cos(), amplitude * phase.sin()]
+        return torch.cat([_rows(self.weight, ids), *waves] if self.own else waves, -1)
+
+    def tied_parameters(self) -> list[nn.Parameter]:
+        """Parameters the head reads (ZeRO-3 has to fetch them for it)."""
+        return list(self.parameters())
 
     def basis(self) -> Tensor:
         """The waves as rows, M x D."""
@@ -69,12 +69,15 @@ class Waves(nn.Module):
             return self.basis_MD
         shift_H = self.frequency_shift_H
         frequencies_H = first_frequencies(self.harmonics, self.width, shift_H.device)
-        waves_MD = wave_basis(frequencies_H * shift_H.double().exp(), self.width)
+        waves_MD = wave_basis(frequencies_H * shift_H.to(frequencies_H.dtype).exp(), self.width)
         return waves_MD.to(shift_H.dtype)
 
     def measure(self, c_BTM: Tensor, x_BTD: Tensor, basis_MD: Tensor) -> Facts:
         """Of the first tokens: mean amplitude and the entropy of the mean spectrum over ln H; size and
-        effective rank of the vectors. Of learned waves the condition of B."""
+        effective rank of the vectors. Of learned waves the condition of B. A step of decoding tells
+        nothing."""
+        if x_BTD.shape[1] == 1:
+            return {}
         with torch.no_grad():
             c_NM = at_least_float32(c_BTM.flatten(0, 1)[:MEASURED_TOKENS])
             x_ND = x_BTD.flatten(0, 1)[:MEASURED_TOKENS]
@@ -96,38 +99,30 @@ class Waves(nn.Module):
     @torch.no_grad()
     def spectrum(self) -> Tensor:
         """Mean amplitude of each wave over the vocabulary, H."""
-        return torch.hypot(*self.coefficients().float().chunk(2, -1)).mean(0)
+        return torch.hypot(*self.table()[:, self.own :].float().chunk(2, -1)).mean(0)
 
     @torch.no_grad()
     def frequencies(self) -> Tensor:
         """Periods of each wave over the width, H."""
         shift_H = self.frequency_shift_H
         first_H = first_frequencies(self.harmonics, self.width)
-        return first_H if shift_H is None else first_H * shift_H.double().exp().cpu()
+        return first_H if shift_H is None else first_H * shift_H.cpu().double().exp()
 
 
 class SpectralEmbedding(Waves):
     """ids_BT, positions_BT -> (x_BTD, facts); tied logits through `output_factors`."""
 
-    def __init__(self, config: SpectralEmbeddingConfig, vocab_size: int, width: int) -> None:
-        super().__init__(config, vocab_size, width)
-        self.table_width = 2 * config.harmonics
-
     def forward(self, ids_BT: Tensor, positions_BT: Tensor) -> tuple[Tensor, Facts]:
         """Vectors of the tokens; positions enter in the mixer."""
         del positions_BT
-        c_BTM, basis_MD = self.coefficients(ids_BT), self.basis()
+        c_BTM, basis_MD = self.table(ids_BT), self.basis()
         x_BTD = c_BTM @ basis_MD
         facts = self.measure(c_BTM, x_BTD, basis_MD)
         return F.dropout(x_BTD, self.dropout, self.training), facts
 
     def output_factors(self, h_ND: Tensor) -> tuple[Tensor, Tensor]:
         """(h', W_V) such that the tied logits are h' @ W_V.T; h' has `table_width` columns."""
-        return h_ND @ self.basis().T, self.coefficients()
-
-    def tied_parameters(self) -> list[nn.Parameter]:
-        """Parameters the head reads (ZeRO-3 has to fetch them for it)."""
-        return self.wave_parameters()
+        return h_ND @ self.basis().T, self.table()
 
 
 class HybridEmbedding(Waves):
@@ -136,10 +131,8 @@ class HybridEmbedding(Waves):
     ramp: Tensor
 
     def __init__(self, config: HybridEmbeddingConfig, vocab_size: int, width: int) -> None:
-        super().__init__(config, vocab_size, width)
+        super().__init__(config, vocab_size, width, own=width)
         self.config = config
-        self.table_width = width + 2 * config.harmonics
-        self.token_weight = nn.Parameter(torch.empty(vocab_size, width))
         self.mixing_logit = nn.Parameter(torch.empty(1))
         self.register_buffer("ramp", torch.empty(()))
 
@@ -152,8 +145,8 @@ class HybridEmbedding(Waves):
     def forward(self, ids_BT: Tensor, positions_BT: Tensor) -> tuple[Tensor, Facts]:
         """Vectors of the tokens; positions enter in the mixer."""
         del positions_BT
-        c_BTM, basis_MD, ratio = self.coefficients(ids_BT), self.basis(), self.ratio()
-        token_BTD = F.embedding(ids_BT, self.token_weight)
+        token_BTD, c_BTM = self.table(ids_BT).tensor_split([self.own], -1)
+        basis_MD, ratio = self.basis(), self.ratio()
         x_BTD = (1 - ratio) * token_BTD + ratio * (c_BTM @ basis_MD)
         facts = self.measure(c_BTM, x_BTD, basis_MD)
         facts["ratio"] = ratio.detach().float().squeeze()
@@ -165,17 +158,17 @@ class HybridEmbedding(Waves):
         """(h', W_V) such that the tied logits are h' @ W_V.T; h' has `table_width` columns."""
         ratio = self.ratio()
         own_NT = torch.cat([(1 - ratio) * h_ND, ratio * (h_ND @ self.basis().T)], -1)
-        return own_NT, torch.cat([self.token_weight, self.coefficients()], -1)
+        return own_NT, self.table()
 
-    def tied_parameters(self) -> list[nn.Parameter]:
-        """Parameters the head reads (ZeRO-3 has to fetch them for it)."""
-        return [self.token_weight, *self.wave_parameters(), self.mixing_logit]
+
+def _rows(table: Tensor, ids: Tensor | None) -> Tensor:
+    return table if ids is None else F.embedding(ids, table)
 
 
 def first_frequencies(harmonics: int, width: int, device: torch.device | None = None) -> Tensor:
     """Whole numbers of periods over the width, evenly spread below width / 2, in float64."""
     step = (width // 2 - 1) // harmonics
-    return step * torch.arange(1, harmonics + 1, dtype=torch.float64, device=device)
+    return step * torch.arange(1, harmonics + 1, dtype=widest(device), device=device)
 
 
 def wave_basis(frequencies_H: Tensor, width: int) -> Tensor:

@@ -11,6 +11,7 @@ from sra_ds.config.model import AttentionConfig, HeadsConfig
 from sra_ds.model.context import Context
 from sra_ds.model.facts import Facts
 from sra_ds.moe.experts import ResidualLinear
+from sra_ds.ops.precision import widest
 
 Angles = tuple[Tensor, Tensor]
 """cos and sin, T x C/2 each."""
@@ -85,8 +86,9 @@ def attend(
 
 def rotary_angles(positions_T: Tensor, channels: int, theta: float) -> Angles:
     """cos and sin of position * theta^(-2i/C) in float64, T x C/2."""
-    steps = torch.arange(0, channels, 2, dtype=torch.float64, device=positions_T.device)
-    angles_TC = positions_T.to(torch.float64)[:, None] * theta ** (-steps / channels)
+    wide = widest(positions_T.device)
+    steps = torch.arange(0, channels, 2, dtype=wide, device=positions_T.device)
+    angles_TC = positions_T.to(wide)[:, None] * theta ** (-steps / channels)
     return angles_TC.cos(), angles_TC.sin()
 
 

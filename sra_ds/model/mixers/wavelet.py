@@ -19,6 +19,7 @@ Letters: B sequences, T new positions, S >= T positions, D width, H heads, G hea
 of a head, J levels, K taps, M keys that are kept.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -66,9 +67,9 @@ class WaveConv(nn.Module):
         y_BTD = torch.zeros_like(x_BTD)
         for gate_BTD, band_BTD in zip(gates, bands, strict=True):
             y_BTD = y_BTD + gate_BTD * band_BTD.to(x_BTD.dtype)
-        facts |= band_energies(inputs_BTD, taps_K, self.levels, room_BT)
-        facts |= _by_band("gate", [gate.detach().float().mean() for gate in gates])
-        facts |= filter_penalty(self.low_pass, taps_K, context)
+        if cache is None:  # a step of decoding tells nothing
+            facts |= measure(inputs_BTD, taps_K, self.levels, room_BT, gates)
+            facts |= filter_penalty(self.low_pass, taps_K, context)
         return self.out(y_BTD), facts
 
 
@@ -94,10 +95,10 @@ class WaveAttention(HeadsMixer):
         for band, (q, k, v) in enumerate(zip(queries, keys, values, strict=True)):
             kept = keep_every(stride(band, self.levels), k, v, room_BS, context)
             found.append(attend(q, *kept, dropout) * gates[band][:, None, :, None])
-        inputs_BTD = filterable(x_BTD, context)
-        facts |= band_energies(inputs_BTD, taps_K, self.levels, room_BT)
-        facts |= _by_band("gate", [gate.detach().float().mean() for gate in gates])
-        facts |= filter_penalty(self.low_pass, taps_K, context)
+        if cache is None:  # a step of decoding tells nothing
+            inputs_BTD = filterable(x_BTD, context)
+            facts |= measure(inputs_BTD, taps_K, self.levels, room_BT, gates)
+            facts |= filter_penalty(self.low_pass, taps_K, context)
         return self.merge(torch.cat(found, 1)), facts
 
     def project_bands(
@@ -206,12 +207,18 @@ def _join(cache: Cache, name: str, x_BGTC: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def band_energies(x_BTD: Tensor, taps_K: Tensor, levels: int, room_BT: Tensor) -> Facts:
-    """Each band's share of the energy of all bands of the first windows."""
+def measure(
+    x_BTD: Tensor, taps_K: Tensor, levels: int, room_BT: Tensor, gates: Sequence[Tensor]
+) -> Facts:
+    """Each band's share of the energy of all bands of the first windows, and its mean gate."""
     rows = slice(-(-MEASURED_TOKENS // x_BTD.shape[1]))
     bands = decompose(x_BTD[rows], taps_K, levels, room_BT[rows])
     energies = torch.stack([band_BTD.square().mean() for band_BTD in bands])
-    return _by_band("energy", list(energies / energies.sum().clamp(min=1e-30)))
+    means = [at_least_float32(gate).mean() for gate in gates]
+    return {
+        **_by_band("energy", list(energies / energies.sum().clamp(min=1e-30))),
+        **_by_band("gate", means),
+    }
 
 
 def filter_penalty(low_pass: LowPass, taps_K: Tensor, context: Context) -> Facts:
