@@ -1,10 +1,8 @@
-"""`model.moe.mode`, and the table of the docs that leads from the original's flags to ours."""
+"""`model.moe.mode` and the recipes of its family."""
 
-import re
 from pathlib import Path
 
 import pytest
-import yaml
 
 from sra_ds.config import dump_recipe, load_recipe
 from sra_ds.config.loading import MODES
@@ -13,7 +11,6 @@ from sra_ds.errors import ConfigError
 from sra_ds.model.counting import count_parameters
 from sra_ds.model.language_model import build_model
 
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "moe-family.md"
 FAMILY = ("gnn-moe", "hgnn-moe", "orthogonal-moe", "ghost-moe", "ghost-moe-control")
 
 
@@ -71,28 +68,3 @@ def test_the_recipes_have_equal_active_parameters(name: str) -> None:
     if name.startswith("ghost"):
         twin = count_parameters(build_model(load_recipe("ghost-moe-control"), "meta"))
         assert abs(counts[0]["total"] / twin["total"] - 1) < 1e-4
-
-
-def flags() -> list[tuple[str, str]]:
-    rows = re.findall(r"^\| `([^`|]+)` \| `([^`|]+)` \|", DOCS.read_text("utf-8"), re.MULTILINE)
-    assert len(rows) >= 10
-    return rows
-
-
-@pytest.mark.parametrize("flag, ours", flags(), ids=lambda value: value.split("=")[0])
-def test_every_flag_of_the_table_leads_to_a_key(flag: str, ours: str) -> None:
-    if ours.startswith("--"):
-        assert ours.split()[0] in ("--run", "--resume")
-        return
-    (override,) = ours.split()
-    recipe, shipped = load_recipe("ghost-moe", [override]), load_recipe("ghost-moe")
-    if flag.startswith("architecture_mode"):
-        assert recipe.model == shipped.model
-        return
-    assert recipe != shipped
-    key, value = override.split("=")
-    assert flag.split("=")[1] == value
-    found = recipe.model_dump()
-    for part in key.split("."):
-        found = found[part]
-    assert str(found) == str(yaml.safe_load(value))

@@ -1,0 +1,58 @@
+"""The tables of the docs that lead from the original programs' flags to our keys."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sra_ds.config import load_recipe
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+def flags(page: str) -> list[tuple[str, str]]:
+    text = (DOCS / page).read_text("utf-8")
+    rows = re.findall(r"^\| `([^`|]+)` \| `([^`|]+)` \|", text, re.MULTILINE)
+    assert len(rows) >= 10
+    return rows
+
+
+@pytest.mark.parametrize(
+    "flag, ours", flags("moe-family.md"), ids=lambda value: value.split("=")[0]
+)
+def test_every_flag_of_the_moe_family_leads_to_a_key(flag: str, ours: str) -> None:
+    if ours.startswith("--"):
+        assert ours.split()[0] in ("--run", "--resume")
+        return
+    recipe, shipped = load_recipe("ghost-moe", [ours]), load_recipe("ghost-moe")
+    if flag.startswith("architecture_mode"):
+        assert recipe.model == shipped.model
+        return
+    assert recipe != shipped
+    assert_set(recipe.model_dump(), ours, flag.split("=")[1])
+
+
+@pytest.mark.parametrize("flag, ours", flags("spectral.md"), ids=lambda value: value.split("=")[0])
+def test_every_flag_of_spectral_llm_leads_to_a_key(flag: str, ours: str) -> None:
+    own = ["data.tokenizer.vocab_size=4000"]
+    recipe, shipped = (
+        load_recipe("quickstart-dense", overrides) for overrides in ([*own, ours], own)
+    )
+    assert recipe != shipped
+    value = flag.partition("=")[2]
+    if value and "{" in ours:
+        (given,) = (part for part in yaml.safe_load(ours.partition("=")[2]).values()
+                    if part in (yaml.safe_load(value), [value]))  # fmt: skip
+        assert given
+    elif value:
+        assert_set(recipe.model_dump(), ours, value)
+
+
+def assert_set(recipe: dict, override: str, value: str) -> None:
+    """The key has the flag's value."""
+    key, given = override.split("=")
+    assert given == value
+    for part in key.split("."):
+        recipe = recipe[part]
+    assert str(recipe) == str(yaml.safe_load(value))
