@@ -6,9 +6,7 @@ scaling   throughput of two processes over one, one thread and the same batch ea
 memory    peak memory of one training step, in plain torch and at ZeRO-2, each in a fresh process
 router    the compiled routing operator against the usual chain of torch calls; router-grid: all sizes
 experts   the compiled experts against grouped products, a loop, AutoEP and one large product
-mixer     resonance against attention; bands: mixers with filters, on long windows; channel: sparse
-          feed-forward networks against a dense one
-latency   milliseconds to the first token after a prompt of 64, and to each of the next 64
+latency   milliseconds to the first token and the next; mixer, bands, channel: parts against plain ones
 """
 
 import argparse
@@ -23,11 +21,8 @@ from sra_ds.training.environment import prepare_process
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("0", "1", "2", "3")
-RECIPES = {
-    **dict.fromkeys(("step", "backends", "scaling"), ("sra-small", "dense-small")),
-    "memory": ("sra-128e",),
-    "latency": ("spectral-8m", "spectral-8m-token"),
-}
+RECIPES = dict.fromkeys(("step", "backends", "scaling"), ("sra-small", "dense-small"))
+RECIPES |= {"memory": ("sra-128e",), "latency": ("spectral-8m", "spectral-8m-token")}
 KERNELS, PARTS = ("router", "router-grid", "experts"), ("mixer", "bands", "channel")
 
 
@@ -54,24 +49,23 @@ def command(arguments: argparse.Namespace) -> dict[str, Any]:
     from sra_ds.training.scaling import bench_scaling
 
     if arguments.what in (*KERNELS, *PARTS):
-        bench_one = bench_kernels if arguments.what in KERNELS else bench_parts
-        return bench_one(arguments.what, arguments.rounds)
-    names, size = arguments.recipes or RECIPES[arguments.what], arguments.micro_batch
+        one = bench_kernels if arguments.what in KERNELS else bench_parts
+        return one(arguments.what, arguments.rounds)
+    names = arguments.recipes or RECIPES[arguments.what]
     whole = ["training.precision=fp32", "training.micro_batch_size=0"]
     if arguments.what == "memory":
-        small = [*whole, f"training.batch_size={size}"]
-        if arguments.one:
-            config = None if arguments.one == "torch" else ds_config(arguments.one)
-            return bench.peak_memory_of_one_step(load_recipe(names[0], small), config)
-        common = ["memory", "--json", "--micro-batch", str(size), "--recipes", names[0], "--one"]
-        return bench.in_fresh_processes(common, ("torch", "2"))
+        if not arguments.one:
+            return bench.in_fresh_processes(["--json", "--one"], ("torch", "2"))
+        recipe = load_recipe(names[0], [*whole, f"training.batch_size={arguments.micro_batch}"])
+        config = None if arguments.one == "torch" else ds_config(arguments.one)
+        return bench.peak_memory_of_one_step(recipe, config)
     if arguments.what == "backends":
         whole = [*whole[1:], *([f"training.batch_size={arguments.batch}"] * bool(arguments.batch))]
     recipes = [load_recipe(name, whole) for name in names]
-    if arguments.what == "latency":
-        return bench_latency(recipes, arguments.rounds)
     if arguments.what == "backends":
         return bench.bench_backends(*recipes[:2], ds_config("2"), arguments.rounds)
+    if arguments.what == "latency":
+        return bench_latency(recipes, arguments.rounds)
     if arguments.what == "scaling":
         return bench_scaling(recipes[0], ds_config("2"), arguments.rounds)
     stages = {f"zero{stage}": ds_config(stage) for stage in arguments.stages}

@@ -20,7 +20,8 @@ from sra_ds.model.memories.fast import FastMemory
 from sra_ds.model.memories.static import StaticMemory
 from sra_ds.model.mixers.attention import Attention
 from sra_ds.model.mixers.resonance import Resonance
-from sra_ds.model.mixers.wavelet import WaveAttention, WaveConv, stride
+from sra_ds.model.mixers.wave_attention import WaveAttention, stride
+from sra_ds.model.mixers.wave_conv import WaveConv
 from sra_ds.moe.coupling import Coupling
 
 

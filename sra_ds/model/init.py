@@ -33,7 +33,7 @@ from sra_ds.model.memories.static import StaticMemory
 from sra_ds.model.mixers.convolution import Convolution
 from sra_ds.model.mixers.filters import LowPass, wavelet_taps
 from sra_ds.model.mixers.resonance import Resonance
-from sra_ds.model.mixers.wavelet import BandGates
+from sra_ds.model.mixers.wave_conv import BandGates
 from sra_ds.moe.coupling import UNIT_WEIGHT, GraphRound, HypergraphRound
 from sra_ds.moe.experts import GroupedExperts, ResidualLinear, ZeroLinear
 from sra_ds.moe.routers import CosineRouter, LinearRouter, RandomRouter

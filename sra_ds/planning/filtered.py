@@ -4,7 +4,7 @@ Counted as those of `sra_ds.planning.activations`. D width, J levels, T tokens o
 """
 
 from sra_ds.config.model import ConvolutionConfig, WaveAttentionConfig, WaveConvConfig
-from sra_ds.model.mixers.wavelet import stride
+from sra_ds.model.mixers.wave_attention import stride
 
 
 def filtered_numbers(

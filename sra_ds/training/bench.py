@@ -193,10 +193,10 @@ def peak_memory_of_one_step(recipe: Recipe, ds_config: dict[str, Any] | None) ->
 
 
 def in_fresh_processes(arguments: list[str], last: Sequence[str]) -> dict[str, Any]:
-    """The JSON that this program prints, run again with other arguments and each `last` one in turn."""
+    """The JSON that this program prints, run again with more arguments and each `last` one in turn."""
     found = {}
     for one in last:
-        command = [sys.executable, sys.argv[0], *arguments, one]
+        command = [sys.executable, *sys.argv, *arguments, one]
         result = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
         if result.returncode:
             raise TrainingError(f"{' '.join(command[1:])} ended with exit code {result.returncode}")

@@ -32,7 +32,8 @@ from sra_ds.model.init import initialise
 from sra_ds.model.mixers.attention import Attention
 from sra_ds.model.mixers.convolution import Convolution
 from sra_ds.model.mixers.resonance import Resonance
-from sra_ds.model.mixers.wavelet import WaveAttention, WaveConv
+from sra_ds.model.mixers.wave_attention import WaveAttention
+from sra_ds.model.mixers.wave_conv import WaveConv
 from sra_ds.training.kernel_bench import Work, medians
 
 WINDOWS, LENGTH = 16, 256

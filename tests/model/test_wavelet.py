@@ -13,15 +13,10 @@ from sra_ds.config.model import WaveAttentionConfig, WaveConvConfig
 from sra_ds.config.model.mixers import TAPS
 from sra_ds.model.context import Context, document_positions, visible_positions
 from sra_ds.model.init import initialise
+from sra_ds.model.mixers.bands import decompose, split_bands
 from sra_ds.model.mixers.filters import LowPass, orthogonality_error, wavelet_taps
-from sra_ds.model.mixers.wavelet import (
-    WaveAttention,
-    WaveConv,
-    decompose,
-    keep_every,
-    split_bands,
-    stride,
-)
+from sra_ds.model.mixers.wave_attention import WaveAttention, keep_every, stride
+from sra_ds.model.mixers.wave_conv import WaveConv
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

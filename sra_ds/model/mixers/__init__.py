@@ -14,7 +14,8 @@ from sra_ds.config.model import (
 from sra_ds.model.mixers.attention import Attention
 from sra_ds.model.mixers.convolution import Convolution
 from sra_ds.model.mixers.resonance import Resonance
-from sra_ds.model.mixers.wavelet import WaveAttention, WaveConv
+from sra_ds.model.mixers.wave_attention import WaveAttention
+from sra_ds.model.mixers.wave_conv import WaveConv
 
 MIXERS: dict[type[Any], type[nn.Module]] = {
     AttentionConfig: Attention,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sra_ds.config.model import ConvolutionConfig
 from sra_ds.model.context import Context
 from sra_ds.model.facts import Facts
-from sra_ds.model.mixers.past import filterable, with_past
+from sra_ds.model.mixers.past import Cache, filterable, with_past
 from sra_ds.moe.experts import ResidualLinear
 from sra_ds.ops.causal_filter import causal_filter
 from sra_ds.ops.precision import at_least_float32
@@ -27,9 +27,7 @@ class Convolution(nn.Module):
         self.gates = nn.Linear(width, width)
         self.out = ResidualLinear(width, width)
 
-    def forward(
-        self, x_BTD: Tensor, context: Context, cache: dict[str, Tensor] | None = None
-    ) -> tuple[Tensor, Facts]:
+    def forward(self, x_BTD: Tensor, context: Context, cache: Cache = None) -> tuple[Tensor, Facts]:
         """Positions of other documents and padding count as zero; `cache` keeps the last inputs."""
         x_BSD = with_past(cache, "inputs", filterable(x_BTD, context), len(self.taps_KD) - 1)
         taps_KD = at_least_float32(self.taps_KD)

@@ -5,6 +5,9 @@ from torch import Tensor, cat
 from sra_ds.model.context import Context
 from sra_ds.ops.precision import at_least_float32
 
+Cache = dict[str, Tensor] | None
+"""What a mixer keeps between steps of decoding."""
+
 
 def filterable(x_BTD: Tensor, context: Context) -> Tensor:
     """x in float32 at least, zero at padding. Padding may stand before and after a document, not within:
@@ -15,7 +18,7 @@ def filterable(x_BTD: Tensor, context: Context) -> Tensor:
     return x_BTD.masked_fill(~context.valid_BT.unsqueeze(-1), 0.0)
 
 
-def with_past(cache: dict[str, Tensor] | None, name: str, x_BTD: Tensor, keep: int) -> Tensor:
+def with_past(cache: Cache, name: str, x_BTD: Tensor, keep: int) -> Tensor:
     """x after what the cache holds under `name`, which becomes the last `keep` positions of both."""
     if cache is None:
         return x_BTD

@@ -1,76 +1,28 @@
-"""Mixers on the bands of a causal wavelet transform without decimation (a trous; Shensa 1992).
+"""Causal attention in which each group of heads sees one band of a wavelet transform.
 
-    a_0 = x     a_j[t] = sum_k h_k a_{j-1}[t - 2^{j-1} k]     d_j = a_{j-1} - a_j     j = 1 .. J
-
-with zeros before a document's start. The J + 1 bands d_1 .. d_J, a_J add up to x exactly, and the
-coarsest sees (K - 1)(2^J - 1) positions back. Filters of libraries extend signals by mirroring or
-wrapping, and public code of this idea splits a Fourier transform of the whole window: both read later
-positions.
-
-    wave_conv   y = out(sum_b sigmoid(W_b x) * b),     gates 1 / (J + 1) at the start
-    wave_attn   heads are dealt to the bands; queries from x, keys and values filtered to the band,
-                y = out(concat_b (J + 1) softmax(W x)_b attention_b); of d_j with j > 1 and of a_J, keys
-                are those 2^j apart from the start of the document
+    y = out(concat_b (J + 1) softmax(W x)_b attention_b(q from x, k and v filtered to b))
 
 A linear map of channels commutes with a filter over positions: keys and values are projected first, and
-each is filtered for its own band only. Bands need no rotation; keys are rotated at their own positions.
+each is filtered for its own band only. Keys are rotated at their own positions. Of d_j with j > 1 and of
+a_J, keys are those 2^j apart from the start of the document.
 
 Letters: B sequences, T new positions, S >= T positions, D width, H heads, G heads of a band, C channels
 of a head, J levels, K taps, M keys that are kept.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sra_ds.config.model import WaveAttentionConfig, WaveConvConfig
+from sra_ds.config.model import WaveAttentionConfig
 from sra_ds.model.context import Context
-from sra_ds.model.facts import Facts, sum_over_valid
+from sra_ds.model.facts import Facts
 from sra_ds.model.mixers.attention import HeadsMixer, attend, rotate
-from sra_ds.model.mixers.filters import LowPass, orthogonality_error
-from sra_ds.model.mixers.past import filterable, with_past
-from sra_ds.moe.experts import ResidualLinear
-from sra_ds.ops.causal_filter import causal_filter
+from sra_ds.model.mixers.bands import filter_penalty, measure, split_bands
+from sra_ds.model.mixers.filters import LowPass
+from sra_ds.model.mixers.past import Cache, filterable, with_past
 from sra_ds.ops.precision import at_least_float32
-
-Cache = dict[str, Tensor] | None
-MEASURED_TOKENS = 512
-"""Tokens that the energy of bands is measured on."""
-
-
-class BandGates(nn.Linear):
-    """A gate for every channel of every band."""
-
-    def __init__(self, width: int, bands: int) -> None:
-        super().__init__(width, bands * width)
-        self.bands = bands
-
-
-class WaveConv(nn.Module):
-    """x_BTD, context -> (y_BTD, facts)."""
-
-    def __init__(self, config: WaveConvConfig, width: int) -> None:
-        super().__init__()
-        self.levels = config.levels
-        self.low_pass = LowPass(config)
-        self.gates = BandGates(width, config.levels + 1)
-        self.out = ResidualLinear(width, width)
-
-    def forward(self, x_BTD: Tensor, context: Context, cache: Cache = None) -> tuple[Tensor, Facts]:
-        """Weigh the bands; `cache` keeps the last positions of each level's input."""
-        taps_K, facts = self.low_pass()
-        inputs_BTD, room_BT = filterable(x_BTD, context), context.document_positions_BT
-        bands = decompose(inputs_BTD, taps_K, self.levels, room_BT, cache)
-        gates = self.gates(x_BTD).sigmoid().chunk(len(bands), -1)
-        y_BTD = torch.zeros_like(x_BTD)
-        for gate_BTD, band_BTD in zip(gates, bands, strict=True):
-            y_BTD = y_BTD + gate_BTD * band_BTD.to(x_BTD.dtype)
-        if cache is None:  # a step of decoding tells nothing
-            facts |= measure(inputs_BTD, taps_K, self.levels, room_BT, gates)
-            facts |= filter_penalty(self.low_pass, taps_K, context)
-        return self.out(y_BTD), facts
 
 
 class WaveAttention(HeadsMixer):
@@ -127,34 +79,6 @@ class WaveAttention(HeadsMixer):
         return queries, keys, values
 
 
-def decompose(
-    x_BTD: Tensor, taps_K: Tensor, levels: int, room_BT: Tensor, cache: Cache = None
-) -> list[Tensor]:
-    """d_1 .. d_J, a_J of the same size as x, which they add up to."""
-    bands = []
-    for level in range(levels):
-        x_BSD = with_past(cache, f"level{level}", x_BTD, (len(taps_K) - 1) * 2**level)
-        coarser_BTD = causal_filter(x_BSD, taps_K, 2**level, room_BT)
-        bands.append(x_BTD - coarser_BTD)
-        x_BTD = coarser_BTD
-    return [*bands, x_BTD]
-
-
-def split_bands(
-    x_BTD: Tensor, taps_K: Tensor, levels: int, room_BT: Tensor, cache: Cache = None
-) -> list[Tensor]:
-    """The first of J + 1 equal groups of channels as its d_1, the second as its d_2, ..., the last as its
-    a_J; each level filters the groups that are left."""
-    size = x_BTD.shape[-1] // (levels + 1)
-    parts = []
-    for level in range(levels):
-        x_BSD = with_past(cache, f"level{level}", x_BTD, (len(taps_K) - 1) * 2**level)
-        coarser_BTD = causal_filter(x_BSD, taps_K, 2**level, room_BT)
-        parts.append(x_BTD[..., :size] - coarser_BTD[..., :size])
-        x_BTD = coarser_BTD[..., size:]
-    return [*parts, x_BTD]
-
-
 def stride(band: int, levels: int) -> int:
     """Distance of the keys that a band keeps: 1 for d_1, 2^j for d_j and a_j."""
     return 1 if band == 0 else 2 ** min(band + 1, levels)
@@ -204,33 +128,3 @@ def _join(cache: Cache, name: str, x_BGTC: Tensor) -> Tensor:
         return x_BGTC
     cache[name] = torch.cat([cache[name], x_BGTC], 2) if name in cache else x_BGTC
     return cache[name]
-
-
-@torch.no_grad()
-def measure(
-    x_BTD: Tensor, taps_K: Tensor, levels: int, room_BT: Tensor, gates: Sequence[Tensor]
-) -> Facts:
-    """Each band's share of the energy of all bands of the first windows, and its mean gate."""
-    rows = slice(-(-MEASURED_TOKENS // x_BTD.shape[1]))
-    bands = decompose(x_BTD[rows], taps_K, levels, room_BT[rows])
-    energies = torch.stack([band_BTD.square().mean() for band_BTD in bands])
-    means = [at_least_float32(gate).mean() for gate in gates]
-    return {
-        **_by_band("energy", list(energies / energies.sum().clamp(min=1e-30))),
-        **_by_band("gate", means),
-    }
-
-
-def filter_penalty(low_pass: LowPass, taps_K: Tensor, context: Context) -> Facts:
-    """What `losses.wavelet_weight` weighs: how far learned taps are from orthogonal, per real token."""
-    if low_pass.learned_K is None:
-        return {}
-    error_BT = orthogonality_error(taps_K).expand(context.ids_BT.shape)
-    return {"penalties": {"wavelet": sum_over_valid(error_BT, context.valid_BT)}}
-
-
-def _by_band(name: str, values: list[Tensor]) -> Facts:
-    """Named d1 .. dJ, aJ."""
-    levels = len(values) - 1
-    names = [*(f"d{level}" for level in range(1, levels + 1)), f"a{levels}"]
-    return {f"{name}_{band}": value for band, value in zip(names, values, strict=True)}
