@@ -78,6 +78,12 @@ BAD_OVERRIDES = {
         "model.mixer: filters=learnable needs one family: where several are drawn from, those not drawn "
         "would not learn"
     ),
+    "model.mixer={kind: wavelet, choice_temperature: [2, 1]}": (
+        "model.mixer: choice_temperature has no effect with one family"
+    ),
+    "model.mixer={kind: wavelet, heads: 6}": (
+        "model.mixer: heads=6 must be a multiple of levels + 1 = 4: each band has as many"
+    ),
     "losses.wavelet_weight=0.5": (
         "recipe: losses.wavelet_weight=0.5 has no effect without model.mixer.filters=learnable"
     ),

@@ -89,6 +89,9 @@ class WaveletsConfig(Part):
                 "filters=learnable needs one family: where several are drawn from, those not drawn "
                 "would not learn"
             )
+        temperature = WaveletsConfig.model_fields["choice_temperature"].default
+        if len(self.families) == 1 and self.choice_temperature != temperature:
+            raise ValueError("choice_temperature has no effect with one family")
         if min(self.choice_temperature) <= 0:
             raise ValueError(f"choice_temperature={self.choice_temperature} must be positive")
         return self
