@@ -1,11 +1,20 @@
 """Figures of runs with waves and wavelets: what is drawn is what was logged."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
+from matplotlib import pyplot as plt
 
 from sra_ds.analysis.spectral_plots import Spectrum, band_figure, spectral_figures
 
 BANDS = ("d1", "d2", "a2")
+
+
+@pytest.fixture(autouse=True)
+def closed() -> Iterator[None]:
+    yield
+    plt.close("all")
 
 
 def facts(step: int) -> dict[str, float]:
@@ -35,8 +44,8 @@ def test_only_what_applies_is_drawn() -> None:
 def test_lines_are_the_logged_values() -> None:
     figures = spectral_figures(STEPS, None)
     (line,) = figures["hybrid_ratio"].axes[0].lines
-    assert line.get_xdata() == [1, 2, 3]
-    assert line.get_ydata() == pytest.approx([0.1, 0.2, 0.3])
+    assert list(line.get_xdata()) == [1, 2, 3]
+    assert list(line.get_ydata()) == pytest.approx([0.1, 0.2, 0.3])
     drifts = figures["filter_drift"].axes[0].lines
     assert [line.get_ydata()[-1] for line in drifts] == pytest.approx([0, 0.03, 0.06])
 
