@@ -4,12 +4,14 @@
 # make megablocks   add MegaBlocks, for model.channel.backend=megablocks
 # make chromium     Debian's, which tests open the reports in
 #
-# TORCH_INDEX_URL points pip at an index of CPU wheels, PYTHON chooses the interpreter.
+# TORCH_INDEX_URL points pip at an index of CPU wheels, PYTHON chooses the interpreter, TEST_PROCESSES says
+# how many processes run the tests, of one thread each.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RECIPE ?= quickstart
+TEST_PROCESSES ?= 2
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 AS_ROOT := $(if $(filter-out 0,$(shell id -u)),sudo)
 INDEX := $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
@@ -20,7 +22,7 @@ train: $(VENV)/installed
 	$(BIN)/deepspeed launch/train.py --deepspeed ds_configs/zero2.json --recipe $(RECIPE)
 
 test: $(VENV)/installed-test $(VENV)/installed-megablocks
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile
 	$(MAKE) test-megablocks
 
 # by itself: Triton decides when it is imported whether its kernels are for the CPU

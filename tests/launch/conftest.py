@@ -98,7 +98,8 @@ class Slurm:
             "PYTHON": sys.executable,
             **variables,
         }
-        asked = environment() | {key: str(value) for key, value in known.items()}
+        own = {key: value for key, value in environment().items() if key != "OMP_NUM_THREADS"}
+        asked = own | {key: str(value) for key, value in known.items()}
         asked["PATH"] = f"{self.folder}{os.pathsep}{asked['PATH']}"
         with self.log.open("a") as log:
             return subprocess.Popen(
