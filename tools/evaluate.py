@@ -1,5 +1,6 @@
 """Score a trained run: perplexity per token, word and byte over a whole split or your own text, and the
-health of its experts over at least a million tokens."""
+health of its experts over at least a million tokens. With --coherence the texts it writes instead, beside
+human and spoilt ones; also written to the run's evaluation/coherence.json and figures/coherence.png."""
 
 import argparse
 import sys
@@ -7,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from sra_ds import cli
+from sra_ds.analysis.coherence_plots import write_coherence
+from sra_ds.errors import ConfigError
+from sra_ds.evaluation.coherence.report import Request, score_coherence
 from sra_ds.evaluation.run import Scoring, score_run
 from sra_ds.inference.halting import halted_by
 from sra_ds.inference.load import load_run
@@ -22,7 +26,7 @@ def main() -> int:
     parser.add_argument("--split", choices=("valid", "test"), default="valid")
     parser.add_argument("--text", type=Path, help="score a file or folder instead of the split")
     parser.add_argument(
-        "--stride", type=cli.at_least(0), default=0, help="targets per window; 0: all"
+        "--stride", type=cli.at_least(0), default=0, help="targets a window; 0: all"
     )
     parser.add_argument("--batch-size", type=cli.at_least(1), default=16)
     parser.add_argument("--legacy-sra", action="store_true", help="also the published PAD protocol")
@@ -34,6 +38,16 @@ def main() -> int:
     )
     parser.add_argument("--halting", metavar="KIND[:H]", help="soft or hard, at entropy H")
     parser.add_argument("--steer", type=Path, metavar="CARD", help="with this steering")
+    own = parser.add_argument_group("coherence")
+    own.add_argument("--coherence", action="store_true", help="of written texts, not perplexity")
+    own.add_argument("--documents", type=cli.at_least(1), help="human ones at most (default: 200)")
+    own.add_argument("--seeds", type=cli.at_least(1), help="texts per prompt (default: 1)")
+    own.add_argument("--baseline", type=Path, metavar="RUN|HF_DIR", help="also writes")
+    own.add_argument("--judge", type=Path, metavar="RUN|HF_DIR", help="instead of the run itself")
+    own.add_argument("--gap", type=Path, metavar="FILE", help="GAP, .tsv: whom pronouns stand for")
+    own.add_argument(
+        "--litbank", type=Path, metavar="FILE", help="LitBank, .conll: check of lemmas"
+    )
     return cli.run(parser.parse_args(), command, cli.show_tree)
 
 
@@ -41,19 +55,21 @@ def command(arguments: argparse.Namespace) -> dict[str, Any]:
     """Load, score, report."""
     prepare_process()
     device, _ = choose_device()
+    given = {name: own for name in Request._fields if (own := getattr(arguments, name)) is not None}
+    if not arguments.coherence and (idle := sorted(given.keys() - {"split", "text"})):
+        raise ConfigError(f"--{idle[0]} goes with --coherence")
     loaded = load_run(arguments.run, arguments.checkpoint, device)
     scoring = Scoring(
-        arguments.split,
-        arguments.text,
-        arguments.stride,
-        arguments.batch_size,
-        arguments.health_tokens,
-        arguments.legacy_sra,
-        arguments.dynamic,
-    )
+        arguments.split, arguments.text, arguments.stride, arguments.batch_size,
+        arguments.health_tokens, arguments.legacy_sra, arguments.dynamic,
+    )  # fmt: skip
+    steering = {} if arguments.steer is None else {"steering": str(arguments.steer)}
     with steered_by(loaded, arguments.steer), halted_by(loaded.model, arguments.halting):
-        found = score_run(loaded, scoring, device)
-    return found if arguments.steer is None else {"steering": str(arguments.steer), **found}
+        if not arguments.coherence:
+            return {**steering, **score_run(loaded, scoring, device)}
+        found = {**steering, **score_coherence(loaded, Request(**given), device)}
+    write_coherence(found, loaded.run)
+    return found
 
 
 if __name__ == "__main__":
