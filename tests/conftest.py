@@ -1,5 +1,6 @@
 """Fixtures that every test may use: seeds, threads, poisoned memory and tiny recipes."""
 
+import gc
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,12 +12,21 @@ import torch
 from families import FAMILIES, ROUTED
 from sra_ds.config import Recipe
 from sra_ds.config.loading import merge, validate
+from sra_ds.heap import give_back_freed_memory
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Tensors here are too small to share, and results must not depend on the number of cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def given_back() -> Iterator[None]:
+    """What a module's largest models took is not kept for the modules after it."""
+    yield
+    gc.collect()
+    give_back_freed_memory()
 
 
 @pytest.fixture(autouse=True)
