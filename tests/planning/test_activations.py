@@ -1,14 +1,10 @@
 """The bytes a forward pass keeps, counted from what autograd saves."""
 
-import gc
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 from sra_ds.config import load_recipe
-from sra_ds.heap import give_back_freed_memory
 from sra_ds.model.language_model import build_model
 from sra_ds.ops.extension import extension, use_kernels
 from sra_ds.planning.activations import activation_bytes
@@ -18,14 +14,6 @@ from sra_ds.planning.zero import Zero
 from sra_ds.training.bench import random_batch
 
 WINDOWS = 8
-
-
-@pytest.fixture(autouse=True)
-def given_back() -> Iterator[None]:
-    """What one model took is not kept beside the next one's."""
-    yield
-    gc.collect()  # hooks, tensors and what they are of hold one another
-    give_back_freed_memory()
 
 
 HARD = "{kind: resonance, heads: 4, halting: hard, threshold: 0.0}"
@@ -102,7 +90,7 @@ def saved_bytes(recipe) -> int:
         if storage.data_ptr() not in own:
             found[storage.data_ptr()] = storage.nbytes()
             alive.append(tensor)
-        return tensor
+        return tensor.detach()  # with its history it would keep itself
 
     def keep_inputs(module: nn.Module, inputs: tuple) -> None:
         for tensor in (i for i in inputs if isinstance(i, Tensor) and i.is_floating_point()):
