@@ -71,7 +71,11 @@ def test_the_seed_decides_and_the_global_generator_does_not(
     second = state(tiny_recipe(family))
     other = state(tiny_recipe(family, {"training": {"seed": 1}}))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    random = [name for name, value in first.items() if value.unique().numel() > 1]
+    random = [
+        name
+        for name, value in first.items()
+        if value.unique().numel() > 1 and not name.endswith("learned_K")  # taps of a wavelet
+    ]
     assert random
     assert all(not torch.equal(first[name], other[name]) for name in random)
 
