@@ -101,6 +101,23 @@ def learning_rate(schedule: ScheduleConfig, peak: float, step: int, steps: int) 
     return peak * (schedule.final + (1.0 - schedule.final) * share)
 
 
+class InBuffers:
+    """What controllers share whose schedule is buffers of the model: they have nothing else to save."""
+
+    def on_step_start(self, step: int) -> None:
+        del step
+
+    def on_step_end(self, step: int, seen: Seen) -> Sequence[Event]:
+        del step, seen
+        return ()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        del state
+
+
 class TopKSchedule:
     """k steps up at given shares of the run."""
 
@@ -124,7 +141,7 @@ class TopKSchedule:
         set_top_k(self.routers, state["top_k"])
 
 
-class TemperatureSchedule:
+class TemperatureSchedule(InBuffers):
     """Linear pieces for a fixed temperature."""
 
     def __init__(
@@ -136,18 +153,8 @@ class TemperatureSchedule:
         for router in self.routers:
             router.temperature.fill_(interpolate(self.knots, step / self.steps))
 
-    def on_step_end(self, step: int, seen: Seen) -> Sequence[Event]:
-        del step, seen
-        return ()
 
-    def state_dict(self) -> dict[str, Any]:
-        return {}  # the temperature is a buffer of the model
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        del state
-
-
-class RatioRamp:
+class RatioRamp(InBuffers):
     """The share of the waves in a hybrid embedding grows from 0 to where its own parameter takes over."""
 
     def __init__(self, embedding: HybridEmbedding, steps: int) -> None:
@@ -156,18 +163,8 @@ class RatioRamp:
     def on_step_start(self, step: int) -> None:
         self.embedding.ramp.fill_(min(1.0, step / self.length) if self.length else 1.0)
 
-    def on_step_end(self, step: int, seen: Seen) -> Sequence[Event]:
-        del step, seen
-        return ()
 
-    def state_dict(self) -> dict[str, Any]:
-        return {}  # the ramp is a buffer of the model
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        del state
-
-
-class ChoiceTemperature:
+class ChoiceTemperature(InBuffers):
     """The draw among families of wavelets gets sharper, linearly over the run."""
 
     def __init__(
@@ -180,25 +177,12 @@ class ChoiceTemperature:
         for low_pass in self.low_passes:
             low_pass.temperature.fill_(value)
 
-    def on_step_end(self, step: int, seen: Seen) -> Sequence[Event]:
-        del step, seen
-        return ()
 
-    def state_dict(self) -> dict[str, Any]:
-        return {}  # the temperature is a buffer of the model
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        del state
-
-
-class SelectionBias:
+class SelectionBias(InBuffers):
     """Auxiliary-loss-free balancing (Wang et al. 2024, arXiv 2408.15664): b += u sign(mean - load)."""
 
     def __init__(self, model: LanguageModel, rate: float) -> None:
         self.routers, self.rate = model.routers(), rate
-
-    def on_step_start(self, step: int) -> None:
-        del step
 
     def on_step_end(self, step: int, seen: Seen) -> Sequence[Event]:
         del step
@@ -207,32 +191,17 @@ class SelectionBias:
             router.selection_bias_E.add_(self.rate * torch.sign(error_E))
         return ()
 
-    def state_dict(self) -> dict[str, Any]:
-        return {}  # the bias is a buffer of the model
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        del state
-
-
-class MemoryWriter:
+class MemoryWriter(InBuffers):
     """Writes persistent memories: what documents start from moves towards where windows ended."""
 
     def __init__(self, model: LanguageModel) -> None:
         self.memories = model.persistent_memories()
 
-    def on_step_start(self, step: int) -> None:
-        del step
-
     def on_step_end(self, step: int, seen: Seen) -> Sequence[Event]:
         del step
         write_memories(self.memories, seen.memory_states_HCC)
         return ()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}  # the memory is a buffer of the model
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        del state
 
 
 def build_controllers(recipe: Recipe, model: LanguageModel) -> dict[str, Controller]:
@@ -248,9 +217,9 @@ def build_controllers(recipe: Recipe, model: LanguageModel) -> dict[str, Control
         controllers["selection_bias"] = SelectionBias(model, training.selection_bias_rate)
     if isinstance(model.embedding, HybridEmbedding):
         controllers["ratio"] = RatioRamp(model.embedding, training.steps)
-    choosing = [module for module in model.modules() if isinstance(module, LowPass)]
     mixer = recipe.model.mixer
     if isinstance(mixer, WaveletsConfig) and len(mixer.families) > 1:
+        choosing = [module for module in model.modules() if isinstance(module, LowPass)]
         ends = mixer.choice_temperature
         controllers["choice_temperature"] = ChoiceTemperature(choosing, ends, training.steps)
     if isinstance(recipe.model.memory, PersistentMemoryConfig):

@@ -96,7 +96,7 @@ def keep_every(
     step: int, k_BGSC: Tensor, v_BGSC: Tensor, room_BS: Tensor, context: Context
 ) -> Kept:
     """Those at multiples of `step` from the start of their document, the same wherever it starts in the
-    window. Compiled, or where all are kept, the others are masked and not left out."""
+    window. In compiled blocks the others are masked and not left out."""
     if step == 1:
         return Kept(k_BGSC, v_BGSC, context)
     kept_BS = room_BS % step == 0
