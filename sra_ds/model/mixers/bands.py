@@ -32,8 +32,7 @@ def decompose(
     """d_1 .. d_J, a_J of the same size as x, which they add up to."""
     bands = []
     for level in range(levels):
-        x_BSD = with_past(cache, f"level{level}", x_BTD, (len(taps_K) - 1) * 2**level)
-        coarser_BTD = causal_filter(x_BSD, taps_K, 2**level, room_BT)
+        coarser_BTD = _coarser(x_BTD, taps_K, level, room_BT, cache)
         bands.append(x_BTD - coarser_BTD)
         x_BTD = coarser_BTD
     return [*bands, x_BTD]
@@ -47,11 +46,16 @@ def split_bands(
     size = x_BTD.shape[-1] // (levels + 1)
     parts = []
     for level in range(levels):
-        x_BSD = with_past(cache, f"level{level}", x_BTD, (len(taps_K) - 1) * 2**level)
-        coarser_BTD = causal_filter(x_BSD, taps_K, 2**level, room_BT)
+        coarser_BTD = _coarser(x_BTD, taps_K, level, room_BT, cache)
         parts.append(x_BTD[..., :size] - coarser_BTD[..., :size])
         x_BTD = coarser_BTD[..., size:]
     return [*parts, x_BTD]
+
+
+def _coarser(x_BTD: Tensor, taps_K: Tensor, level: int, room_BT: Tensor, cache: Cache) -> Tensor:
+    """a_{level + 1} of a_level; `cache` keeps what the filter still needs."""
+    x_BSD = with_past(cache, f"level{level}", x_BTD, (len(taps_K) - 1) * 2**level)
+    return causal_filter(x_BSD, taps_K, 2**level, room_BT)
 
 
 @torch.no_grad()
