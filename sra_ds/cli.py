@@ -138,3 +138,11 @@ def at_least(low: float) -> Callable[[str], float]:
         return value
 
     return number
+
+
+def integers(text: str) -> list[int]:
+    """Argument type: numbers with commas between them."""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers such as 0,1,2, got {text}") from None

@@ -1,4 +1,4 @@
-"""Compare recipes over seeds on the same tokens in the same order, or runs that are finished."""
+"""Compare recipes over seeds on the same tokens in the same order, or finished runs or cells."""
 
 import argparse
 import sys
@@ -7,8 +7,11 @@ from typing import Any
 
 from sra_ds import cli
 from sra_ds.analysis.plots import draw_comparison
-from sra_ds.errors import ConfigError
-from sra_ds.evaluation.compare import cells_of, compare_runs, markdown, read_sweep, run_cells
+from sra_ds.evaluation.compare.budgets import MATCHES
+from sra_ds.evaluation.compare.cells import cells_of, read_sweep
+from sra_ds.evaluation.compare.finished import cell_of_run, read_cell
+from sra_ds.evaluation.compare.tables import compare, markdown, write_tables
+from sra_ds.evaluation.compare.training import Launch, train_cells
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -18,40 +21,57 @@ def main() -> int:
     parser = cli.parser(__doc__ or "")
     chosen = parser.add_mutually_exclusive_group(required=True)
     several: dict[str, Any] = {"action": "extend", "nargs": "+"}
-    chosen.add_argument("--runs", **several, type=Path, metavar="DIR", help="finished runs")
     chosen.add_argument("--recipes", **several, metavar="NAME", help="train these, then compare")
     chosen.add_argument("--sweep", metavar="NAME|FILE", help="train the variants of a recipe")
-    parser.add_argument("--seeds", default="0,1,2", help="comma-separated (default: %(default)s)")
+    chosen.add_argument("--runs", **several, type=Path, metavar="DIR", help="finished runs")
+    chosen.add_argument("--cells", **several, type=Path, metavar="JSON", help="finished cells")
+    parser.add_argument("--seeds", type=cli.integers, default="0,1,2", help="comma-separated")
     parser.add_argument(
         "--set", **several, default=[], metavar="key.path=value", help="for all recipes"
     )
+    parser.add_argument(
+        "--matched",
+        nargs="+",
+        choices=MATCHES,
+        default=[],
+        help="refuse recipes 2 %% apart in these",
+    )
+    parser.add_argument("--against", metavar="NAME", help="what the others differ from (the first)")
+    parser.add_argument("--jobs", type=cli.at_least(1), default=1, help="runs trained at a time")
+    parser.add_argument(
+        "--processes", type=cli.at_least(1), default=1, help="processes of each run"
+    )
     parser.add_argument("--deepspeed", type=Path, default=ROOT / "ds_configs" / "zero0.json")
-    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="runs and tables")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="cells and tables")
+    parser.add_argument("--train-in", type=Path, metavar="DIR", help="folder of the runs (--out)")
     return cli.run(parser.parse_args(), command, show)
 
 
 def command(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train what is missing, then compare."""
-    try:
-        seeds = [int(seed) for seed in arguments.seeds.split(",")]
-    except ValueError:
-        raise ConfigError(f"--seeds {arguments.seeds}: expected numbers such as 0,1,2") from None
-    runs = arguments.runs
-    if runs is None:
-        launch = [sys.executable, str(ROOT / "launch" / "train.py"), "--deepspeed"]
-        launch += [str(arguments.deepspeed)]
-        cells = (
-            cells_of(arguments.recipes, arguments.set)
-            if arguments.sweep is None
-            else read_sweep(arguments.sweep, arguments.set)
-        )
-        runs = run_cells(cells, seeds, arguments.out, launch)
-    return compare_runs(runs, draw_comparison, arguments.out)
+    out: Path = arguments.out
+    if arguments.cells is not None:
+        cells = [read_cell(path) for path in arguments.cells]
+    elif arguments.runs is not None:
+        cells = [cell_of_run(path) for path in arguments.runs]
+    else:
+        asked = (arguments.set, arguments.seeds)
+        script = ROOT / "launch" / "train.py"
+        launch = Launch(script, arguments.deepspeed, arguments.processes, arguments.jobs)
+        cells = train_cells(
+            read_sweep(arguments.sweep, *asked)
+            if arguments.sweep is not None
+            else cells_of(arguments.recipes, *asked),
+            launch, out, arguments.train_in or out, arguments.matched,
+        )  # fmt: skip
+    result = compare(cells, arguments.against, arguments.matched)
+    write_tables(result, cells, draw_comparison, out)
+    return result
 
 
 def show(result: dict[str, Any]) -> None:
     """The markdown table."""
-    print(markdown(result["rows"], result["differences"]))
+    print(markdown(result))
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ import torch
 
 from sra_ds.config.steering import Steering
 from sra_ds.data.shards import TokenSplit
-from sra_ds.evaluation.compare import paired_bootstrap
 from sra_ds.evaluation.perplexity import Perplexity, evaluate
 from sra_ds.evaluation.run import Scoring, setting
 from sra_ds.evaluation.text import open_corpus
 from sra_ds.inference.load import LoadedRun
 from sra_ds.inference.steer import steered
+from sra_ds.intervals import share
 
 
 def validation_split(loaded: LoadedRun) -> TokenSplit | None:
@@ -53,17 +53,16 @@ def compared(before: Perplexity, after: Perplexity) -> dict[str, Any]:
     """Token perplexities of two evaluations of the same documents, and by how many nats per token the
     second is worse, with its 95 % interval over documents."""
     was, now = before.summary(), after.summary()
-    pairs = [[(found.document_nll, found.document_tokens)] for found in (before, after)]
-    change = paired_bootstrap(pairs[1], pairs[0])
+    change = share(after.document_nll - before.document_nll, before.document_tokens)
     return {
         "before": was["token_perplexity"],
         "after": now["token_perplexity"],
         "difference": now["token_perplexity"] - was["token_perplexity"],
         "tokens": was["tokens"],
         "documents": len(before.document_nll),
-        "worse_by_nats_per_token": change["nats_per_token"],
-        "low": change["low"],
-        "high": change["high"],
+        "worse_by_nats_per_token": change.value,
+        "low": change.low,
+        "high": change.high,
     }
 
 

@@ -4,6 +4,7 @@ Plain `python`, `torchrun` and the `deepspeed` launcher all come through here.
 """
 
 import os
+import resource
 import socket
 import sys
 import time
@@ -170,6 +171,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
             torch.cuda.synchronize(device)
         best = max(best, 2 * size**3 / (time.perf_counter() - start))
     return best, f"measured {size}x{size} product"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes of a GPU that tensors of this process held at most, or of main memory that it did."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def rank() -> int:

@@ -19,6 +19,7 @@ from sra_ds.model.channels.prime_masked import SparseLinear
 from sra_ds.model.counting import count_parameters
 from sra_ds.model.embeddings.spectral import Waves
 from sra_ds.storage.run_dir import RunDir, write_atomically
+from sra_ds.training.environment import peak_memory
 from sra_ds.training.loop import Outcome
 from sra_ds.workflow.resolve import Resolved
 
@@ -42,6 +43,7 @@ def report(run: RunDir, resolved: Resolved, outcome: Outcome) -> dict[str, Any]:
         "tokens": outcome.tokens,
         "seconds": outcome.seconds,
         "tokens_per_second": outcome.tokens / max(outcome.seconds, 1e-9),
+        "peak_memory_bytes": peak_memory(resolved.device),
         "params": {"total": counts["total"], "active": counts["active"]},
         "validation": validation,
         "experts": outcome.experts,

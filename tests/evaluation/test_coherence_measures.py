@@ -13,10 +13,10 @@ from sra_ds.evaluation.coherence.entities import (
     graph_score,
     shared_entities,
 )
-from sra_ds.evaluation.coherence.intervals import Estimate, mean, share
 from sra_ds.evaluation.coherence.lexical import lexical, log_mattr
 from sra_ds.evaluation.coherence.orders import ORDERS, other_orders, share_beaten
 from sra_ds.evaluation.coherence.semantic import semantic, unrelated_cosine
+from sra_ds.intervals import Estimate, mean, share
 
 CHAIN = [{"a", "b"}, {"b", "c"}, {"c", "d"}, {"d", "e"}, {"e", "f"}]
 SENTENCES = ["One a b.", "Two b c.", "Three c d.", "Four d e.", "Five e f."]

@@ -7,7 +7,7 @@ import pytest
 from sra_ds.analysis.plots import draw_comparison
 from sra_ds.config import load_recipe
 from sra_ds.errors import ConfigError
-from sra_ds.evaluation.compare import read_sweep
+from sra_ds.evaluation.compare.cells import read_sweep
 from sra_ds.inference.load import load_run
 from sra_ds.model.flops import flops_per_token
 from sra_ds.model.language_model import build_model
@@ -15,9 +15,9 @@ from sra_ds.workflow.report import draw_figures
 
 
 def test_the_shipped_sweep_varies_thresholds_iterations_and_primes() -> None:
-    cells = read_sweep("resonance", ["training.steps=3"])
-    recipes = [load_recipe(cell.recipe, cell.overrides) for cell in cells]
-    assert [recipe.name for recipe in recipes] == [cell.name for cell in cells]
+    cells = read_sweep("resonance", ["training.steps=3"], [0])
+    recipes = [cell.recipe for cell in cells]
+    assert [f"{recipe.name}-s0" for recipe in recipes] == [cell.name for cell in cells]
     assert len({recipe.name for recipe in recipes}) == len(recipes)
     assert {recipe.training.steps for recipe in recipes} == {3}
     assert len({recipe.model.mixer.threshold for recipe in recipes}) == 4
@@ -32,20 +32,20 @@ def test_what_is_no_sweep_is_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "sweep.yaml"
     file.write_text(text)
     with pytest.raises(ConfigError, match="a sweep has"):
-        read_sweep(str(file), [])
+        read_sweep(str(file), [], [0])
 
 
 def test_an_unknown_sweep_is_refused() -> None:
     with pytest.raises(ConfigError, match="no sweep 'nothing': shipped are resonance"):
-        read_sweep("nothing", [])
+        read_sweep("nothing", [], [0])
 
 
 def test_a_file_of_ones_own(tmp_path: Path) -> None:
     file = tmp_path / "own.yaml"
     file.write_text("recipe: quickstart\nvariants:\n  wide: [model.width=256]\n  plain: []\n")
-    wide, plain = read_sweep(str(file), [])
-    assert load_recipe(wide.recipe, wide.overrides).model.width == 256
-    assert load_recipe(plain.recipe, plain.overrides).name == "plain"
+    wide, plain = read_sweep(str(file), [], [0])
+    assert wide.recipe.model.width == 256
+    assert plain.recipe.name == "plain"
 
 
 @pytest.mark.parametrize("twin", ["dense", "random", "once"])

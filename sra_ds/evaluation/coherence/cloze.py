@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sra_ds.evaluation.coherence.documents import Passage
-from sra_ds.evaluation.coherence.intervals import share
 from sra_ds.evaluation.coherence.scoring import Row, TextModel, row_nll
+from sra_ds.intervals import share
 
 CONNECTIVES = (
     "however", "because", "although", "therefore", "but", "so", "while", "then", "also", "for example",

@@ -16,10 +16,10 @@ import numpy as np
 
 from sra_ds.data.files import naming, open_text
 from sra_ds.errors import DataError
-from sra_ds.evaluation.coherence.intervals import share
 from sra_ds.evaluation.coherence.scoring import Row, TextModel, row_nll
 from sra_ds.evaluation.coherence.sentences import tokens
 from sra_ds.evaluation.coherence.tagging import Tagger
+from sra_ds.intervals import share
 
 COLUMNS = ("Text", "Pronoun", "Pronoun-offset", "A", "A-coref", "B", "B-coref")
 MASCULINE = frozenset({"he", "him", "his"})

@@ -23,8 +23,8 @@ from tqdm import tqdm
 from sra_ds.data.files import naming, open_text
 from sra_ds.errors import DataError
 from sra_ds.evaluation.coherence.documents import MOST
-from sra_ds.evaluation.coherence.intervals import share
 from sra_ds.evaluation.coherence.tagging import Tagger, Word
+from sra_ds.intervals import share
 
 BEGIN = "#begin document"
 FORM = 3

@@ -13,12 +13,12 @@ from sra_ds.evaluation.coherence.discourse import discourse
 from sra_ds.evaluation.coherence.documents import Document
 from sra_ds.evaluation.coherence.encoder import Encode
 from sra_ds.evaluation.coherence.entities import any_shared, entity, entity_overlap
-from sra_ds.evaluation.coherence.intervals import Estimate, mean
 from sra_ds.evaluation.coherence.lexical import lexical, log_mattr
 from sra_ds.evaluation.coherence.scoring import TextModel
 from sra_ds.evaluation.coherence.semantic import Vectors, semantic, unrelated_cosine
 from sra_ds.evaluation.coherence.sentences import plain, repeats, words
 from sra_ds.evaluation.coherence.tagging import Tagger
+from sra_ds.intervals import Estimate, mean
 
 MEASURES = ("entity", "semantic", "discourse", "lexical")
 COMPANIONS = ("entity_overlap", "without_shared_entities", "log_mattr_50", "sentences", "words")

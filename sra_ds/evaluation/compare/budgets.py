@@ -1,0 +1,54 @@
+"""What a recipe costs, counted from the model, and whether recipes cost the same."""
+
+from collections.abc import Mapping, Sequence
+
+from pydantic import BaseModel, ConfigDict
+
+from sra_ds.config import Recipe
+from sra_ds.errors import ConfigError
+from sra_ds.model.counting import count_parameters, live_share
+from sra_ds.model.flops import flops_per_token
+from sra_ds.model.language_model import build_model
+
+TOLERANCE = 0.02
+"""Relative to the largest: what still counts as matched."""
+
+
+class Budget(BaseModel):
+    """Parameters in all and those that one token uses (without routers), with the final k; floating-point
+    operations of training for each token of a full window."""
+
+    model_config = ConfigDict(frozen=True)
+    total: int
+    active: int
+    flops: float
+
+
+MATCHES = tuple(Budget.model_fields)
+
+
+def budget(recipe: Recipe) -> tuple[Budget, float | None]:
+    """What a recipe costs, and the share of the entries of sparse matrices that hold a weight."""
+    model = build_model(recipe, "meta")
+    counts = count_parameters(model)
+    flops = flops_per_token(model, recipe.data.sequence_length)
+    return Budget(total=counts["total"], active=counts["active"], flops=flops), live_share(model)
+
+
+def apart(budgets: Sequence[Budget]) -> dict[str, float]:
+    """Largest difference in each respect, as a share of the largest value."""
+    values = {name: [getattr(one, name) for one in budgets] for name in MATCHES}
+    return {name: (max(own) - min(own)) / max(own) for name, own in values.items()}
+
+
+def require_matched(budgets: Mapping[str, Budget], wanted: Sequence[str]) -> None:
+    """Raise `ConfigError` where recipes (by name) differ in what was said to be matched."""
+    found = apart(list(budgets.values()))
+    for name in wanted:
+        if found[name] > TOLERANCE:
+            values = ", ".join(
+                f"{recipe}: {getattr(one, name) / 1e6:,.2f} M" for recipe, one in budgets.items()
+            )
+            raise ConfigError(
+                f"--matched {name}: {found[name]:.1%} apart, allowed are {TOLERANCE:.0%} ({values})"
+            )

@@ -1,0 +1,234 @@
+"""What finished cells say: a row a recipe, and by how much each differs from the first.
+
+A difference is paired by seed and document and has one 95 % interval, over new seeds and new documents
+together (`sra_ds.intervals.paired`). Words are said where it excludes zero, and of several seeds alone.
+"""
+
+import csv
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+
+from sra_ds.errors import ConfigError, DataError
+from sra_ds.evaluation.compare.budgets import apart, require_matched
+from sra_ds.evaluation.compare.finished import FinishedCell, write_cell
+from sra_ds.intervals import Array, Estimate, paired
+from sra_ds.storage.run_dir import write_atomically
+
+LONG = ("settings", "document_nll", "document_tokens", "budget", "experts")
+"""Of a cell, not in tables."""
+Row = dict[str, Any]
+
+
+def _mean(name: str, form: str, scale: float = 1.0) -> Callable[[Row], str]:
+    """Mean and deviation of a figure, a dash where there is none."""
+
+    def text(row: Row) -> str:
+        value, deviation = row[f"{name}_mean"], row[f"{name}_sd"]
+        spread = "" if deviation is None else f" ± {deviation / scale:{form}}"
+        return "–" if value is None else f"{value / scale:{form}}{spread}"
+
+    return text
+
+
+QUALITY: dict[str, Callable[[Row], str]] = {
+    "recipe": lambda row: str(row["recipe"]),
+    "seeds": lambda row: str(len(row["seeds"])),
+    "token perplexity": _mean("token_perplexity", ".2f"),
+    "word perplexity": _mean("word_perplexity", ".1f"),
+    "bits per byte": _mean("bits_per_byte", ".4f"),
+    "accuracy": _mean("accuracy", ".2%"),
+    "dead experts": _mean("dead_fraction", ".1%"),
+    "load CV": _mean("load_cv", ".2f"),
+    "specialisation": _mean("specialisation", ".3f"),
+}
+COST: dict[str, Callable[[Row], str]] = {
+    "recipe": lambda row: str(row["recipe"]),
+    "parameters": lambda row: f"{row['total'] / 1e6:.2f} M",
+    "active": lambda row: f"{row['active'] / 1e6:.2f} M",
+    "MFLOP a token": lambda row: f"{row['flops'] / 1e6:.1f}",
+    "tokens/s": _mean("tokens_per_second", ",.0f"),
+    "minutes": _mean("seconds", ".1f", 60),
+    "memory, GB": _mean("peak_memory_bytes", ".2f", 1e9),
+}
+FIGURES = (
+    "token_perplexity", "word_perplexity", "bits_per_byte", "accuracy", "nll_per_token", "dead_fraction",
+    "load_cv", "specialisation", "tokens_per_second", "seconds", "peak_memory_bytes",
+)  # fmt: skip
+
+
+def compare(
+    cells: Sequence[FinishedCell], against: str | None = None, matched: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Rows, differences from the recipe `against` (the first), how far budgets are apart, and cells.
+    Raises `DataError` when their text differs, `ConfigError` when their tokens do, or what was said to be
+    `matched`."""
+    _require_equal(cells, "corpus_fingerprint", DataError, "were trained on different text")
+    for seed in {cell.seed for cell in cells}:  # documents fill budgets differently by seed
+        own = [cell for cell in cells if cell.seed == seed]
+        _require_equal(own, "tokens", ConfigError, "saw different numbers of tokens")
+    _require_distinct(cells)
+    by_recipe = {
+        name: sorted((cell for cell in cells if cell.recipe == name), key=lambda cell: cell.seed)
+        for name in dict.fromkeys(cell.recipe for cell in cells)
+    }
+    budgets = {name: own[0].budget for name, own in by_recipe.items()}
+    require_matched(budgets, matched)
+    if against is None:
+        against = next(iter(by_recipe))
+    if against not in by_recipe:
+        raise ConfigError(f"--against {against}: compared are {', '.join(by_recipe)}")
+    return {
+        "rows": [_row(name, own) for name, own in by_recipe.items()],
+        "differences": [
+            difference(own, by_recipe[against])
+            for name, own in by_recipe.items()
+            if name != against
+        ],
+        "apart": apart(list(budgets.values())),
+        "cells": [_flat(cell) for cell in cells],
+    }
+
+
+def write_tables(
+    result: dict[str, Any],
+    cells: Sequence[FinishedCell],
+    draw: Callable[[list[Row], Path], None],
+    out: Path,
+) -> None:
+    """The cells, `comparison.json`, `.md` and `.csv`, and the figures."""
+    for cell in cells:
+        write_cell(cell, out)
+    write_atomically(out / "comparison.json", json.dumps(result, indent=1))
+    write_atomically(out / "comparison.md", markdown(result))
+    with (out / "comparison.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(result["cells"][0]))
+        writer.writeheader()
+        writer.writerows(result["cells"])
+    draw(result["rows"], out)
+
+
+def difference(ours: Sequence[FinishedCell], theirs: Sequence[FinishedCell]) -> Row:
+    """Nats per token by which the first are above the second, over the seeds both have, the ratio of
+    their perplexities, and what may be said of it."""
+    seeds = sorted({cell.seed for cell in ours} & {cell.seed for cell in theirs})
+    names = {"recipe": ours[0].recipe, "against": theirs[0].recipe, "seeds": seeds}
+    if not seeds:
+        return {
+            **names,
+            "nats_per_token": None,
+            "low": None,
+            "high": None,
+            "verdict": "no common seed",
+        }
+    ours_SK, theirs_SK = _by_seed(ours, seeds), _by_seed(theirs, seeds)
+    found = paired(ours_SK, theirs_SK, ours[0].losses()[1])
+    value = found.as_dict()
+    return {
+        **names,
+        "nats_per_token": value["value"],
+        "low": value["low"],
+        "high": value["high"],
+        "perplexity_ratio": math.exp(found.value),
+        "verdict": _verdict(found, len(seeds)),
+    }
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The tables for people, what is matched, and a line for every difference."""
+    widths = result["apart"]
+    lines = [
+        *_table(QUALITY, result["rows"]),
+        "",
+        *_table(COST, result["rows"]),
+        "",
+        f"Equal tokens and text. Apart by at most {widths['total']:.1%} in parameters, "
+        f"{widths['active']:.1%} in active ones and {widths['flops']:.1%} in operations.",
+        "",
+        *(f"* {_sentence(difference)}" for difference in result["differences"]),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _table(columns: dict[str, Callable[[Row], str]], rows: Sequence[Row]) -> list[str]:
+    cells = [list(columns), ["---"] * len(columns)]
+    cells += [[text(row) for text in columns.values()] for row in rows]
+    return ["| " + " | ".join(line) + " |" for line in cells]
+
+
+def _sentence(d: Row) -> str:
+    start = f"{d['recipe']} against {d['against']}: {d['verdict']}"
+    if d["low"] is None:
+        return start
+    nats = f"{d['nats_per_token']:+.4f} nats per token [{d['low']:+.4f}, {d['high']:+.4f}]"
+    return f"{start} ({nats}, 95 % over {'seeds and ' if len(d['seeds']) > 1 else ''}documents)"
+
+
+def _verdict(found: Estimate, seeds: int) -> str:
+    if seeds < 2:
+        return "one seed, which says nothing of the recipes"
+    if not (found.low > 0 or found.high < 0):
+        return "not told apart"
+    word = "worse" if found.value > 0 else "better"
+    ends = sorted(abs(math.expm1(end)) for end in (found.low, found.high))
+    return (
+        f"{word} by {abs(math.expm1(found.value)):.1%} of perplexity [{ends[0]:.1%}, {ends[1]:.1%}]"
+    )
+
+
+def _row(recipe: str, own: Sequence[FinishedCell]) -> Row:
+    row: Row = {
+        "recipe": recipe,
+        "seeds": [cell.seed for cell in own],
+        "token_perplexities": [cell.token_perplexity for cell in own],
+        "live_share": own[0].live_share,
+        **own[0].budget.model_dump(),
+    }
+    flat = [_flat(cell) for cell in own]
+    for name in FIGURES:
+        values = [cell[name] for cell in flat if cell[name] is not None]
+        row[f"{name}_mean"] = mean(values) if values else None
+        row[f"{name}_sd"] = stdev(values) if len(values) > 1 else None
+    return row
+
+
+def _flat(cell: FinishedCell) -> Row:
+    health = {} if cell.experts is None else cell.experts.model_dump()
+    absent = dict.fromkeys(("dead_fraction", "load_cv", "max_violation"))
+    return {
+        **cell.model_dump(exclude=set(LONG)),
+        **cell.budget.model_dump(),
+        **absent,
+        **health,
+    }
+
+
+def _by_seed(cells: Sequence[FinishedCell], seeds: Sequence[int]) -> Array:
+    losses = {cell.seed: cell.losses()[0] for cell in cells}
+    return np.stack([losses[seed] for seed in seeds])
+
+
+def _require_distinct(cells: Sequence[FinishedCell]) -> None:
+    owners: dict[str, str] = {}
+    for cell in cells:
+        other = owners.setdefault(cell.name, cell.run)
+        if other != cell.run:
+            raise ConfigError(
+                f"{other} and {cell.run} are both {cell.recipe} with seed {cell.seed}; give "
+                "variants a name of their own (name=...)"
+            )
+
+
+def _require_equal(
+    cells: Sequence[FinishedCell], key: str, error: type[Exception], what: str
+) -> None:
+    values = {getattr(cell, key): cell.run for cell in cells}
+    if len(values) > 1:
+        raise error(
+            f"the runs {what}: " + ", ".join(f"{run}: {str(v)[:12]}" for v, run in values.items())
+        )

@@ -1,0 +1,62 @@
+"""Intervals against closed forms, and against how often they hold what they should."""
+
+import numpy as np
+import pytest
+from scipy.stats import t
+
+from sra_ds.intervals import RESAMPLES, paired, share
+
+TOKENS = np.array([10, 40, 25, 100, 5])
+
+
+def test_seeds_alone_give_students_interval() -> None:
+    by_seed = np.array([0.10, 0.16, 0.07])  # nats per token, the same in every document
+    found = paired(by_seed[:, None] * TOKENS, np.zeros((3, 5)), TOKENS)
+    half = t.ppf(0.975, 2) * by_seed.std(ddof=1) / np.sqrt(3)
+    assert found.value == pytest.approx(by_seed.mean())
+    assert (found.low, found.high) == pytest.approx((found.value - half, found.value + half))
+
+
+def test_documents_alone_give_that_of_their_mean() -> None:
+    apart_K = np.random.default_rng(0).normal(0.1, 1.0, 60)
+    found = paired(np.stack([apart_K] * 3), np.zeros((3, 60)), np.ones(60))
+    error = apart_K.std() / np.sqrt(60)  # what a bootstrap of a mean tends to
+    assert found.value == pytest.approx(apart_K.mean())
+    assert found.high - found.value == pytest.approx(t.ppf(0.975, 59) * error, rel=0.1)
+
+
+@pytest.mark.parametrize(("of_seeds", "of_documents"), [(0.1, 0.1), (0.02, 1.0), (0.1, 0.0)])
+def test_new_seeds_and_documents_lie_within_as_often_as_said(
+    of_seeds: float, of_documents: float
+) -> None:
+    rng = np.random.default_rng(1)
+    held = 0
+    for _ in range(300):
+        truth_K = 0.3 + of_documents * rng.normal(size=50)
+        apart_SK = truth_K + of_seeds * rng.normal(size=(3, 1)) + 0.05 * rng.normal(size=(3, 50))
+        found = paired(apart_SK, np.zeros((3, 50)), np.ones(50))
+        held += found.low <= 0.3 <= found.high
+    assert 0.92 <= held / 300 <= 0.99
+
+
+def test_one_seed_is_an_interval_over_documents() -> None:
+    losses_K = np.random.default_rng(0).gamma(2.0, size=5) * TOKENS
+    found = paired(losses_K[None], np.zeros((1, 5)), TOKENS)
+    assert found == share(losses_K, TOKENS)
+    assert found.low < found.value < found.high
+
+
+def test_equal_losses_differ_by_nothing() -> None:
+    losses_SK = np.random.default_rng(0).gamma(2.0, size=(3, 5))
+    assert paired(losses_SK, losses_SK, TOKENS) == (0.0, 0.0, 0.0)
+
+
+def test_a_share_is_the_bootstrap_of_a_sum_over_a_sum() -> None:
+    above_K = np.random.default_rng(0).gamma(2.0, size=5)
+    rng = np.random.default_rng(0)
+    resampled = []
+    for counts_K in rng.multinomial(5, np.full(5, 0.2), RESAMPLES):
+        drawn = np.repeat(np.arange(5), counts_K)
+        resampled.append(above_K[drawn].sum() / TOKENS[drawn].sum())
+    expected = (above_K.sum() / TOKENS.sum(), *np.quantile(resampled, [0.025, 0.975]))
+    assert share(above_K, TOKENS) == pytest.approx(expected)
