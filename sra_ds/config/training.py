@@ -208,7 +208,7 @@ class EvaluationConfig(Part):
     max_tokens: int = Field(0, ge=0)
     """Cap on the tokens of evaluations during training; 0 and the final one: the whole split."""
     legacy_sra: bool = True
-    """At the end also score the published PAD-counting protocol."""
+    """With each evaluation of the whole split also score the published PAD-counting protocol."""
 
 
 class CheckpointConfig(Part):

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from sra_ds.config.data import CorpusConfig, DocstringsConfig
 from sra_ds.data.shards import TokenSplit
 from sra_ds.data.tokenizer import end_of_text_id
 from sra_ds.evaluation.perplexity import Model, exp_or_infinity
@@ -26,6 +27,11 @@ FORWARD_BLOCKS = 16
 HEADING = re.compile(r"^\s*=+.*=+\s*$")
 WIKITEXT_MARK = re.compile(r" @([-.,/])@ ")
 KINDS = ("real", "first_pad", "later_pad")
+
+
+def hard_wrapped(data: CorpusConfig) -> bool:
+    """Whether the paragraphs of a corpus end at blank lines, not at line ends."""
+    return isinstance(data, DocstringsConfig)
 
 
 def split_paragraphs(text: str, blank_line: bool) -> list[str]:
@@ -74,8 +80,10 @@ def legacy_sra(
     """The published figure with its parts, over the first `max_blocks` blocks; only `reason` if the
     text or tokenizer does not allow it.
 
-    `perplexity` is the protocol's; `perplexity_if_padding_were_free` what a model trained on padding
-    would report with the same real and first-PAD losses; `real_token_perplexity` counts words only.
+    `blank_line` says that paragraphs are hard-wrapped. The model must be in eval mode, and every process
+    of a run calls this alike. `perplexity` is the protocol's; `perplexity_if_padding_were_free` what a
+    model trained on padding would report with the same real and first-PAD losses;
+    `real_token_perplexity` counts words only.
     """
     if end_of_text_id(tokenizer) != PAD:
         return {"reason": "the tokenizer's end-of-text token, which stands in for PAD, is not id 0"}

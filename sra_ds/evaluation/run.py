@@ -5,14 +5,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sra_ds.config.data import CorpusConfig, DocstringsConfig
+from sra_ds.config.data import CorpusConfig
 from sra_ds.data.loader import TrainingWindows
 from sra_ds.data.shards import TokenCorpus, TokenSplit
 from sra_ds.data.tokenizer import end_of_text_id
 from sra_ds.errors import ConfigError
 from sra_ds.evaluation.dynamic import evaluate_dynamically, require_persistent_memory
 from sra_ds.evaluation.experts import health, load_over_tokens
-from sra_ds.evaluation.legacy import legacy_sra
+from sra_ds.evaluation.legacy import hard_wrapped, legacy_sra
 from sra_ds.evaluation.perplexity import Perplexity, Setting, evaluate
 from sra_ds.evaluation.text import open_text
 from sra_ds.inference.load import LoadedRun
@@ -62,15 +62,9 @@ def _score(
     if loaded.model.routers() and scoring.health_tokens:
         report["experts"] = _health(loaded, result, scoring, device, corpus)
     if scoring.legacy:
-        report["legacy_sra"] = score_legacy(loaded, split, device)
+        wrapped = hard_wrapped(loaded.recipe.data)
+        report["legacy_sra"] = legacy_sra(loaded.model, split, loaded.tokenizer, wrapped, device)
     return report
-
-
-def score_legacy(loaded: LoadedRun, split: TokenSplit, device: torch.device) -> dict[str, Any]:
-    """The published PAD-counting protocol; docstrings are hard-wrapped, so their paragraphs end at
-    blank lines."""
-    blank_line = isinstance(loaded.recipe.data, DocstringsConfig)
-    return legacy_sra(loaded.model, split, loaded.tokenizer, blank_line, device)
 
 
 def setting(loaded: LoadedRun, scoring: Scoring, device: torch.device) -> Setting:

@@ -181,7 +181,7 @@ def _band_gates(module: BandGates, residual_std: float, seed: int, name: str) ->
 
 
 def _convolution(module: Convolution, residual_std: float, seed: int, name: str) -> None:
-    """Each position sees itself, and hardly any other: taps of equal size learn a third of a nat less."""
+    """Each position sees itself, and hardly any other: taps of equal size learn 0.3 nats less."""
     del residual_std
     _normal(module.taps_KD, STD, seed, name, "taps")
     module.taps_KD[0] += 1

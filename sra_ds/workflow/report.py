@@ -11,8 +11,6 @@ from sra_ds.analysis.moe_plots import Connections
 from sra_ds.analysis.plots import Shown, draw_run
 from sra_ds.analysis.spectral_plots import Spectrum
 from sra_ds.evaluation.experts import last_specialisation
-from sra_ds.evaluation.run import Scoring, score_legacy
-from sra_ds.evaluation.text import open_corpus
 from sra_ds.inference.generate import generate
 from sra_ds.inference.load import LoadedRun, load_run
 from sra_ds.model.channels.prime_masked import SparseLinear
@@ -28,12 +26,6 @@ def report(run: RunDir, resolved: Resolved, outcome: Outcome) -> dict[str, Any]:
     """Write everything and return the summary."""
     loaded = load_run(run.path, "latest", resolved.device)
     recipe = resolved.recipe
-    validation = {**(outcome.validation or {}), "legacy_sra_perplexity": None}
-    if recipe.evaluation.legacy_sra:
-        split = open_corpus(loaded).split(Scoring().split)
-        legacy = score_legacy(loaded, split, resolved.device)
-        validation["legacy_sra_perplexity"] = legacy.get("perplexity")
-        write_atomically(run.evaluation / "legacy_sra.json", json.dumps(legacy, indent=1))
     draw_figures(loaded, run)
     counts = count_parameters(loaded.model)
     summary = {
@@ -45,7 +37,7 @@ def report(run: RunDir, resolved: Resolved, outcome: Outcome) -> dict[str, Any]:
         "tokens_per_second": outcome.tokens / max(outcome.seconds, 1e-9),
         "peak_memory_bytes": peak_memory(resolved.device),
         "params": {"total": counts["total"], "active": counts["active"]},
-        "validation": validation,
+        "validation": outcome.validation,
         "experts": outcome.experts,
         "best": outcome.best,
         "specialisation": last_specialisation(run.metrics()),

@@ -1,6 +1,7 @@
 """One run from its recipe to its report, with every failure a user can mend said in one line."""
 
 import errno
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from sra_ds.config import Recipe
@@ -19,11 +21,19 @@ from sra_ds.data.prepare import prepare
 from sra_ds.data.shards import TokenCorpus
 from sra_ds.data.tokenizer import file_sha256
 from sra_ds.errors import TrainingError
+from sra_ds.evaluation.legacy import hard_wrapped, legacy_sra
 from sra_ds.evaluation.perplexity import Setting, capped_nll, evaluate
 from sra_ds.inference.load import load_weights_into
 from sra_ds.model.language_model import LanguageModel, build_model
 from sra_ds.storage import checkpoint
-from sra_ds.storage.run_dir import RunDir, claim, open_run, read_json, refuse_overwriting
+from sra_ds.storage.run_dir import (
+    RunDir,
+    claim,
+    open_run,
+    read_json,
+    refuse_overwriting,
+    write_atomically,
+)
 from sra_ds.training import environment
 from sra_ds.training.anchors import seed_anchors
 from sra_ds.training.backend_choice import settle_placement
@@ -221,6 +231,7 @@ def _common_batch(resolved: Resolved, windows: TrainingWindows, step: int) -> Ba
 def _validator(recipe: Recipe, corpus: TokenCorpus, run: RunDir, device: torch.device) -> Validate:
     """Scores the validation split; the whole one also document by document, kept for comparisons."""
     split = corpus.split("valid")
+    tokenizer = Tokenizer.from_file(str(corpus.tokenizer_file))
     length, stride = recipe.data.sequence_length, recipe.evaluation.stride
     setting = Setting(
         length, stride or length, recipe.evaluation.batch_size, corpus.end_of_text_id, device
@@ -240,7 +251,14 @@ def _validator(recipe: Recipe, corpus: TokenCorpus, run: RunDir, device: torch.d
                 tokens=result.document_tokens,
             )
         capped = capped_nll(result, split, recipe.evaluation.max_tokens)
-        return {**result.summary(), "capped_nll_per_token": capped}
+        summary: dict[str, Any] = {**result.summary(), "capped_nll_per_token": capped}
+        if recipe.evaluation.legacy_sra and not max_tokens:
+            legacy = legacy_sra(engine, split, tokenizer, hard_wrapped(recipe.data), device)
+            if first:
+                write_atomically(run.evaluation / "legacy_sra.json", json.dumps(legacy, indent=1))
+            for name in ("perplexity", "perplexity_if_padding_were_free"):
+                summary[f"legacy_sra_{name}"] = legacy.get(name)
+        return summary
 
     return validate
 

@@ -1,6 +1,7 @@
 """Comparisons of finished cells: what may be said, what is refused, what is trained again."""
 
 import json
+import signal
 import sys
 from pathlib import Path
 from textwrap import dedent
@@ -17,12 +18,14 @@ from sra_ds.evaluation.compare.cells import cells_of
 from sra_ds.evaluation.compare.finished import (
     FinishedCell,
     Health,
+    Point,
     cell_file,
     read_cell,
     write_cell,
 )
 from sra_ds.evaluation.compare.tables import compare, markdown, write_tables
-from sra_ds.evaluation.compare.training import Launch, train_cells
+from sra_ds.evaluation.compare.training import Launch, _command, train_cells
+from sra_ds.storage.run_dir import RunDir
 
 TOKENS = (30, 50, 20, 100)
 RECIPE = """
@@ -79,7 +82,9 @@ def cell(recipe: str, seed: int, nats: float = 5.0, **others: Any) -> FinishedCe
         "nll_per_token": per_token,
         "document_nll": tuple(nll),
         "document_tokens": TOKENS,
+        "curve": (),
         "experts": None,
+        "coherent": None,
         "specialisation": None,
         "tokens": 1000,
         "seconds": 60.0,
@@ -194,6 +199,20 @@ def test_tables_are_made_again_from_the_cells_alone(tmp_path: Path) -> None:
     assert "| 25.0% ± 0.0% | 0.50 ± 0.00 |" in text and "| 3.00 ± 0.00 |" in text
 
 
+def test_progress_is_the_mean_over_seeds() -> None:
+    def curve(first: float, last: float) -> tuple[Point, ...]:
+        return tuple(
+            Point(step=step, epoch=0.5, token_perplexity=p, legacy_sra_perplexity=legacy)
+            for step, p, legacy in ((10, first, None), (20, last, last / 2))
+        )  # fmt: skip
+
+    both = [cell("a", 0, curve=curve(200.0, 100.0)), cell("a", 1, curve=curve(300.0, 120.0))]
+    result = compare(both)
+    assert [point["token_perplexity"] for point in result["progress"]] == [250.0, 110.0]
+    assert [point["legacy_sra_perplexity"] for point in result["progress"]] == [None, 55.0]
+    assert "| a | 20 | 0.50 | 110.00 | 55.00 | – |" in markdown(result)
+
+
 def test_what_is_no_cell_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "cell-a-s0.json"
     path.write_text(json.dumps({"recipe": "a"}))
@@ -259,11 +278,11 @@ def test_unmatched_recipes_are_refused_before_anything_is_trained(
 def test_a_failed_cell_stops_the_others_and_keeps_what_is_finished(
     recipe: str, launch: Launch, tmp_path: Path, jobs: int
 ) -> None:
-    asked = cells_of([recipe], [], [0, 13, 1, 2, 3, 4, 5, 6])
+    asked = cells_of([recipe], [], [0, 13, 1, 2, 3])
     with pytest.raises(TrainingError, match=r"tiny-s13 did not finish \(exit 3\); call again"):
         train_cells(asked, launch._replace(jobs=jobs), tmp_path / "out", tmp_path / "runs")
     assert cell_file(tmp_path / "out", "tiny-s0").is_file()
-    assert not cell_file(tmp_path / "out", "tiny-s6").exists()
+    assert not (tmp_path / "runs" / f"tiny-s{3 - (jobs == 1) * 2}").exists()
 
 
 def test_jobs_share_the_machine_and_speak_into_files(
@@ -295,18 +314,29 @@ def test_jobs_take_gpus_of_their_own(
         train_cells(asked, many, tmp_path / "out", tmp_path / "runs")
 
 
-def test_several_processes_are_started_by_torchrun(
-    recipe: str, launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[list[str]] = []
-    monkeypatch.setattr(
-        "sra_ds.evaluation.compare.training._call", lambda command, *_: calls.append(command) or 1
-    )
-    with pytest.raises(TrainingError):
-        asked = cells_of([recipe], [], [0])
-        train_cells(asked, launch._replace(processes=2), tmp_path / "out", tmp_path / "runs")
+def test_several_processes_are_started_by_torchrun(recipe: str, launch: Launch) -> None:
+    (own,) = cells_of([recipe], [], [0])
+    command = _command(own, RunDir(Path("r")), launch._replace(processes=2))
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    assert calls[0][:7] == [*start, "--nproc-per-node", "2", "--"]
+    assert command[:8] == [*start, "--nproc-per-node", "2", "--", str(launch.script)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_runs_are_told_to_stop_and_none_begins_after(
+    recipe: str, launch: Launch, tmp_path: Path, number: int
+) -> None:
+    launch.script.write_text(
+        "import os, signal, sys, time\n"
+        "os.makedirs(sys.argv[sys.argv.index('--run') + 1])\n"
+        f"signal.signal({int(number)}, lambda *_: sys.exit(0))\n"
+        f"os.kill(os.getppid(), {int(number)})\n"
+        "time.sleep(60)\n"
+    )
+    with pytest.raises(TrainingError, match=r"tiny-s0 did not finish \(exit 0\); call again"):
+        asked = cells_of([recipe], [], [0, 1])
+        train_cells(asked, launch, tmp_path / "out", tmp_path / "runs")
+    assert signal.getsignal(number) == signal.SIG_DFL
+    assert not (tmp_path / "runs" / "tiny-s1").exists()
 
 
 def test_a_cell_keeps_the_settings_of_its_run(recipe: str, launch: Launch, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A finished cell: what one run came to, in one JSON file that needs nothing else to be compared."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from sra_ds.errors import ConfigError, DataError
 from sra_ds.evaluation.compare.budgets import Budget, budget
 from sra_ds.evaluation.compare.cells import name_of
 from sra_ds.evaluation.experts import last_specialisation
+from sra_ds.evaluation.perplexity import exp_or_infinity
 from sra_ds.intervals import Array
-from sra_ds.storage.run_dir import open_run, read_json_object, write_atomically
+from sra_ds.storage.run_dir import RunDir, open_run, read_json_object, write_atomically
 
 
 class Health(BaseModel):
@@ -27,6 +29,19 @@ class Health(BaseModel):
     """Standard deviation over mean of the loads, mean over layers."""
     max_violation: float
     """Largest load over mean load, less 1, over all layers."""
+
+
+class Point(BaseModel):
+    """An evaluation during training."""
+
+    model_config = ConfigDict(frozen=True)
+    step: int
+    epoch: float
+    token_perplexity: float
+    """Over the documents that every evaluation of the run scores."""
+    legacy_sra_perplexity: float | None = None
+    """The published protocol, which counts padding, where the whole split was scored."""
+    legacy_sra_perplexity_if_padding_were_free: float | None = None
 
 
 class FinishedCell(BaseModel):
@@ -46,7 +61,11 @@ class FinishedCell(BaseModel):
     document_nll: tuple[float, ...]
     """Nats of each validation document, and its number of tokens."""
     document_tokens: tuple[int, ...]
+    curve: tuple[Point, ...]
     experts: Health | None
+    coherent: float | None
+    """Share of the experts whose words are more coherent (C_NPMI) than the 95 % null of chance, 5 % by
+    chance; where `tools/analyze.py` has looked."""
     specialisation: float | None
     tokens: int
     """Seen in training."""
@@ -97,6 +116,33 @@ def read_cell(path: Path) -> FinishedCell:
         raise DataError(f"{path}: not a finished cell ({where}: {first['msg']})") from None
 
 
+def _curve(metrics: Sequence[dict[str, Any]]) -> tuple[Point, ...]:
+    """The evaluations of a run, from its metrics."""
+    return tuple(
+        Point(
+            step=line["step"],
+            epoch=line["epoch"],
+            token_perplexity=exp_or_infinity(line["validation"]["capped_nll_per_token"]),
+            **{
+                name: line["validation"].get(name)
+                for name in Point.model_fields
+                if name.startswith("legacy")
+            },
+        )
+        for line in metrics
+        if "validation" in line
+    )
+
+
+def _coherent(run: RunDir) -> float | None:
+    """As `tools/analyze.py` found it, if it has looked at the run."""
+    analysis = run.path / "analysis.json"
+    if not analysis.is_file():
+        return None
+    found = [one for one in read_json_object(analysis)["summary"] if one["run"] == run.path.name]
+    return found[0]["coherent"] if found else None
+
+
 def cell_of_run(path: Path) -> FinishedCell:
     """What a run that is finished came to. Raises `ConfigError` for one that is not, `DataError` for one
     without losses by document."""
@@ -109,6 +155,7 @@ def cell_of_run(path: Path) -> FinishedCell:
     summary, recipe = read_json_object(run.summary_file), run.recipe()
     figures = ("token_perplexity", "word_perplexity", "bits_per_byte", "accuracy", "nll_per_token")
     cost, live = budget(recipe)
+    metrics = run.metrics()
     with np.load(documents, allow_pickle=False) as arrays:
         nll, tokens = arrays["nll"], arrays["tokens"]
     return FinishedCell(
@@ -119,8 +166,10 @@ def cell_of_run(path: Path) -> FinishedCell:
         **{name: summary["validation"][name] for name in figures},
         document_nll=tuple(round(float(nats), 6) for nats in nll),
         document_tokens=tuple(map(int, tokens)),
+        curve=_curve(metrics),
         experts=summary["experts"],
-        specialisation=(last_specialisation(run.metrics()) or {}).get("mean"),
+        coherent=_coherent(run),
+        specialisation=(last_specialisation(metrics) or {}).get("mean"),
         tokens=summary["tokens"],
         seconds=summary["seconds"],
         tokens_per_second=summary["tokens_per_second"],

@@ -16,11 +16,11 @@ import numpy as np
 
 from sra_ds.errors import ConfigError, DataError
 from sra_ds.evaluation.compare.budgets import apart, require_matched
-from sra_ds.evaluation.compare.finished import FinishedCell, write_cell
+from sra_ds.evaluation.compare.finished import FinishedCell, Point, write_cell
 from sra_ds.intervals import Array, Estimate, paired
 from sra_ds.storage.run_dir import write_atomically
 
-LONG = ("settings", "document_nll", "document_tokens", "budget", "experts")
+LONG = {"settings", "document_nll", "document_tokens", "budget", "experts", "curve"}
 """Of a cell, not in tables."""
 Row = dict[str, Any]
 
@@ -45,6 +45,7 @@ QUALITY: dict[str, Callable[[Row], str]] = {
     "accuracy": _mean("accuracy", ".2%"),
     "dead experts": _mean("dead_fraction", ".1%"),
     "load CV": _mean("load_cv", ".2f"),
+    "coherent experts": _mean("coherent", ".0%"),
     "specialisation": _mean("specialisation", ".3f"),
 }
 COST: dict[str, Callable[[Row], str]] = {
@@ -56,9 +57,19 @@ COST: dict[str, Callable[[Row], str]] = {
     "minutes": _mean("seconds", ".1f", 60),
     "memory, GB": _mean("peak_memory_bytes", ".2f", 1e9),
 }
+PROGRESS: dict[str, Callable[[Row], str]] = {
+    "recipe": lambda row: str(row["recipe"]),
+    "step": lambda row: f"{row['step']:,}",
+    "epoch": lambda row: f"{row['epoch']:.2f}",
+    "token perplexity": lambda row: f"{row['token_perplexity']:.2f}",
+    "legacy, padding counted": lambda row: _or_dash(row["legacy_sra_perplexity"]),
+    "legacy, were padding free": lambda row: _or_dash(
+        row["legacy_sra_perplexity_if_padding_were_free"]
+    ),
+}
 FIGURES = (
     "token_perplexity", "word_perplexity", "bits_per_byte", "accuracy", "nll_per_token", "dead_fraction",
-    "load_cv", "specialisation", "tokens_per_second", "seconds", "peak_memory_bytes",
+    "load_cv", "coherent", "specialisation", "tokens_per_second", "seconds", "peak_memory_bytes",
 )  # fmt: skip
 
 
@@ -91,6 +102,7 @@ def compare(
             if name != against
         ],
         "apart": apart(list(budgets.values())),
+        "progress": [point for own in by_recipe.values() for point in _progress(own)],
         "cells": [_flat(cell) for cell in cells],
     }
 
@@ -152,6 +164,9 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         *(f"* {_sentence(difference)}" for difference in result["differences"]),
     ]
+    if len(result["progress"]) > len(result["rows"]):
+        lines += ["", "While training (each recipe's own documents, the same at every step):", ""]
+        lines += _table(PROGRESS, result["progress"])
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -197,11 +212,26 @@ def _row(recipe: str, own: Sequence[FinishedCell]) -> Row:
     return row
 
 
+def _progress(own: Sequence[FinishedCell]) -> list[Row]:
+    """The evaluations of a recipe, means over its seeds."""
+    return [
+        {
+            "recipe": own[0].recipe,
+            **{
+                name: mean(values) if None not in values else None
+                for name in Point.model_fields
+                for values in [[getattr(point, name) for point in at]]
+            },
+        }
+        for at in zip(*(cell.curve for cell in own), strict=False)
+    ]
+
+
 def _flat(cell: FinishedCell) -> Row:
     health = {} if cell.experts is None else cell.experts.model_dump()
     absent = dict.fromkeys(("dead_fraction", "load_cv", "max_violation"))
     return {
-        **cell.model_dump(exclude=set(LONG)),
+        **cell.model_dump(exclude=LONG),
         **cell.budget.model_dump(),
         **absent,
         **health,
@@ -211,6 +241,10 @@ def _flat(cell: FinishedCell) -> Row:
 def _by_seed(cells: Sequence[FinishedCell], seeds: Sequence[int]) -> Array:
     losses = {cell.seed: cell.losses()[0] for cell in cells}
     return np.stack([losses[seed] for seed in seeds])
+
+
+def _or_dash(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
 
 
 def _require_distinct(cells: Sequence[FinishedCell]) -> None:

@@ -1,14 +1,17 @@
 """Train the cells of a comparison, one run each, several at a time if asked to.
 
 A finished cell is written at once; one that is there is not trained again, and one that was interrupted
-goes on from its last checkpoint.
+goes on from its last checkpoint. Signals to stop are passed on to the runs, which save and leave.
 """
 
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple
@@ -56,21 +59,16 @@ def train_cells(
     _require_gpus(launch)
     found = {cell.name: _found(cell, out, runs) for cell in cells}
     missing = [cell for cell in cells if found[cell.name] is None]
-    places: SimpleQueue[int] = SimpleQueue()
-    for place in range(launch.jobs):
-        places.put(place)
     bar = tqdm(total=len(cells), initial=len(cells) - len(missing), desc="cells")
+    jobs = _Jobs(launch, runs)
 
     def finish(cell: Cell) -> None:
-        place = places.get()
-        try:
-            finished = found[cell.name] = _train(cell, runs, launch, place)
-        finally:
-            places.put(place)
-        write_cell(finished, out)
-        bar.update()
+        finished = found[cell.name] = jobs.train(cell)
+        if finished is not None:
+            write_cell(finished, out)
+            bar.update()
 
-    with bar, ThreadPoolExecutor(launch.jobs) as pool:
+    with bar, jobs.signals_passed_on(), ThreadPoolExecutor(launch.jobs) as pool:
         futures = [pool.submit(finish, cell) for cell in missing]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
@@ -78,7 +76,12 @@ def train_cells(
             pool.shutdown(cancel_futures=True)
         for future in done:
             future.result()
-    return [finished for finished in found.values() if finished is not None]
+    finished = [one for one in found.values() if one is not None]
+    if len(finished) < len(cells):
+        raise TrainingError(
+            f"stopped with {len(finished)} of {len(cells)} cells; call again to go on"
+        )
+    return finished
 
 
 def _require_own_names(cells: Sequence[Cell]) -> None:
@@ -115,34 +118,74 @@ def _found(cell: Cell, out: Path, runs: Path) -> FinishedCell | None:
     return finished
 
 
-def _train(cell: Cell, runs: Path, launch: Launch, place: int) -> FinishedCell:
-    run = RunDir(runs / cell.name)
+class _Jobs:
+    """Runs that are being trained; after the first that did not end, or a signal, no other one begins."""
+
+    def __init__(self, launch: Launch, runs: Path) -> None:
+        self.launch, self.runs = launch, runs
+        self.running: set[subprocess.Popen[bytes]] = set()
+        self.over = threading.Event()
+        self.places: SimpleQueue[int] = SimpleQueue()
+        for place in range(launch.jobs):
+            self.places.put(place)
+
+    @contextmanager
+    def signals_passed_on(self) -> Iterator[None]:
+        """To the runs, whose end is then that of the comparison. A terminal sends them Ctrl-C itself."""
+
+        def pass_on(number: int, _: object) -> None:
+            self.over.set()
+            for process in list(self.running):
+                process.send_signal(number)
+
+        before = {one: signal.signal(one, pass_on) for one in (signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            yield
+        finally:
+            for one, handler in before.items():
+                signal.signal(one, handler)
+
+    def train(self, cell: Cell) -> FinishedCell | None:
+        """None when it may not begin. Raises `TrainingError` when the run does not end."""
+        run, place = RunDir(self.runs / cell.name), self.places.get()
+        try:
+            if self.over.is_set():
+                return None
+            code = self._call(cell, run, place)
+            if code or not run.summary_file.is_file():
+                self.over.set()
+                raise TrainingError(
+                    f"cell {run.path} did not finish (exit {code}); call again to go on"
+                )
+        finally:
+            self.places.put(place)
+        return cell_of_run(run.path)
+
+    def _call(self, cell: Cell, run: RunDir, place: int) -> int:
+        """Exit code. One run at a time shows what it says, of several each has a file."""
+        run.path.parent.mkdir(parents=True, exist_ok=True)
+        log = run.path.with_name(f"{run.path.name}.log")
+        with nullcontext(sys.stderr) if self.launch.jobs == 1 else log.open("a") as stream:
+            process = subprocess.Popen(
+                _command(cell, run, self.launch),
+                stdout=stream, stderr=stream, env=_environment(self.launch, place),
+            )  # fmt: skip
+            self.running.add(process)
+            try:
+                return process.wait()
+            finally:
+                self.running.discard(process)
+
+
+def _command(cell: Cell, run: RunDir, launch: Launch) -> list[str]:
     command = [sys.executable]
     if launch.processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", str(launch.processes), "--"]
     command += [str(launch.script), "--deepspeed", str(launch.deepspeed), "--run", str(run.path)]
     if (run.checkpoints / "latest").is_file():
-        command += ["--resume"]
-    else:
-        command += ["--recipe", cell.source, *cell.overrides]
-    code = _call(command, run, launch, place)
-    if code or not run.summary_file.is_file():
-        raise TrainingError(f"cell {run.path} did not finish (exit {code}); call again to go on")
-    return cell_of_run(run.path)
-
-
-def _call(command: list[str], run: RunDir, launch: Launch, place: int) -> int:
-    """Exit code. One run at a time shows what it says, of several each has a file."""
-    environment = _environment(launch, place)
-    if launch.jobs == 1:
-        return subprocess.run(command, check=False, stdout=sys.stderr, env=environment).returncode
-    log = run.path.with_name(f"{run.path.name}.log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as stream:
-        return subprocess.run(
-            command, check=False, stdout=stream, stderr=stream, env=environment
-        ).returncode
+        return [*command, "--resume"]
+    return [*command, "--recipe", cell.source, *cell.overrides]
 
 
 def _environment(launch: Launch, place: int) -> dict[str, str]:
