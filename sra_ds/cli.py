@@ -114,6 +114,8 @@ def show_tree(tree: dict[str, Any], indent: int = 0, in_bytes: bool = False) -> 
         if isinstance(value, dict):
             print(f"{'':{indent}}{key}")
             show_tree(value, indent + 2, sizes)
+        elif key == "notes":
+            print("".join(f"{'':{indent}}note: {note}\n" for note in value), end="")
         elif not isinstance(value, list):
             print(f"{'':{indent}}{key:<{max(28 - indent, 1)}} {_readable(value, sizes)}")
 

@@ -46,8 +46,8 @@ def share(
     denominators: Sequence[float] | Array,
     sources: Sequence[int] | Array | None = None,
 ) -> Estimate:
-    """Sum over sum; the value alone for a single source, NaN for a denominator of 0. Without `sources`
-    each part is one."""
+    """Sum over sum; the value alone where a single source has anything below the line, NaN where none
+    has. Without `sources` each part is one."""
     if sources is None:
         sources = np.arange(len(numerators))
     own_N = np.unique(np.asarray(sources, np.int64), return_inverse=True)[1]
@@ -55,7 +55,7 @@ def share(
     if not below_K.sum() > 0:
         return Estimate(np.nan)
     value = float(above_K.sum() / below_K.sum())
-    if len(below_K) < 2:
+    if (below_K > 0).sum() < 2:
         return Estimate(value)
     low, high = np.quantile(_resampled(above_K, below_K), [0.025, 0.975])
     return Estimate(value, float(low), float(high))

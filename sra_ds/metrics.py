@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
 
+from sra_ds.ops.precision import widened
+
 DEAD_SHARE = 1e-4
 HISTOGRAM_EDGES = (0.0, *(2.0**power for power in range(-6, 3)))
 """Upper bounds of the bins of `load_histogram`, 0, 1/64, 1/32, ... 4; the last bin has none."""
@@ -32,7 +34,7 @@ def load_summary(load_E: Tensor, tokens: float) -> dict[str, float]:
     `max_violation` is the fullest expert's load over the mean, minus 1; `effective_experts` is
     exp(entropy of the shares) / E, 1 when even.
     """
-    load = load_E.double()
+    load = load_E.cpu().double()
     share = load / load.sum().clamp(min=1)
     entropy = -(share * share.clamp(min=1e-300).log()).sum()
     mean = load.mean().clamp(min=1e-12)
@@ -49,7 +51,7 @@ def load_summary(load_E: Tensor, tokens: float) -> dict[str, float]:
 def stacked_loads(loads: Sequence[Tensor]) -> Tensor:
     """The loads of all layers, L x S, in float64 on the CPU; layers with fewer experts to choose from
     (less ghosts awake) end in zeros."""
-    return pad_sequence([load_E.detach().double().cpu() for load_E in loads], batch_first=True)
+    return pad_sequence([load_E.detach().cpu().double() for load_E in loads], batch_first=True)
 
 
 def layers_summary(
@@ -77,7 +79,7 @@ def layers_summary(
 def load_histogram(load_E: Tensor) -> list[float]:
     """Share of the experts per bin of load over mean load: none at all, up to 1/64, then doubling bins up
     to 4, and above. Bins include their upper bound, so an even load is all in the one that ends at 1."""
-    load = load_E.double().cpu()
+    load = load_E.cpu().double()
     ratio_E = load / load.mean().clamp(min=1e-12)
     bins_E = torch.bucketize(ratio_E, torch.tensor(HISTOGRAM_EDGES, dtype=ratio_E.dtype))
     counts = torch.bincount(bins_E, minlength=len(HISTOGRAM_EDGES) + 1)
@@ -88,7 +90,7 @@ def load_histogram(load_E: Tensor) -> list[float]:
 def anchor_drift(now_ED: Tensor, start_ED: Tensor) -> float:
     """Mean over experts of 1 - cos(anchor now, anchor then): 0 for none, 1 for right angles, 2 for the
     opposite; as half the squared distance of the unit vectors, which rounding never makes negative."""
-    apart_ED = normalize(now_ED.double(), dim=-1) - normalize(start_ED.double(), dim=-1)
+    apart_ED = normalize(now_ED.cpu().double(), dim=-1) - normalize(start_ED.cpu().double(), dim=-1)
     return float(apart_ED.square().sum(-1).mean() / 2)
 
 
@@ -96,13 +98,13 @@ def halting_summary(entropy_IBT: Tensor, iterations_BT: Tensor) -> dict[str, Any
     """One layer's iterations over real tokens (not NaN): their mean, the share of tokens by number of
     iterations 1 .. I (rounded where it is an expectation), and of each iteration's relative entropy
     the mean, the 10th and 90th percentiles and the share of tokens that reached it; None of none."""
-    counts = iterations_BT[iterations_BT.isfinite()].double()
+    counts = iterations_BT[iterations_BT.isfinite()].cpu().double()
     rounded = counts.round().long().clamp(min=1)
     shares = torch.bincount(rounded - 1, minlength=len(entropy_IBT)) / max(len(counts), 1)
     quantiles = torch.tensor([0.1, 0.9], dtype=torch.float64, device=counts.device)
     rows = []
     for entropy_BT in entropy_IBT:
-        found = entropy_BT[entropy_BT.isfinite()].double()
+        found = entropy_BT[entropy_BT.isfinite()].cpu().double()
         low, high = found.quantile(quantiles).tolist() if len(found) else (None, None)
         mean = float(found.mean()) if len(found) else None
         reached = len(found) / max(len(counts), 1)
@@ -115,7 +117,7 @@ def specialisation(outputs_END: Tensor) -> float:
     """1 minus the mean linear CKA (Kornblith et al. 2019, arXiv 1905.00414) of each two experts' outputs
     for the same N tokens: 0 where all say the same up to rotation and size, towards 1 where what they say
     has nothing in common. Cosines of weights would say 1 of any random matrices."""
-    outputs = outputs_END.double()
+    outputs = widened(outputs_END)
     centred_END = outputs - outputs.mean(1, keepdim=True)
 
     def shared(first_ND: Tensor, second_ND: Tensor) -> float:

@@ -120,10 +120,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "harmonics": 6,
             "frequencies": "learnable",
             "coefficients": "polar",
+            "ramp": 0.0,
             "dropout": 0.0,
         },
         "mixer": {"kind": "wavelet", "heads": 4, "families": ["haar"], "dropout": 0.0},
         "channel": {**MOE, "router": {"kind": "cosine"}},
+    },
+    "spectral-choice": {
+        "embedding": {"kind": "token", "dropout": 0.0},
+        "mixer": {"kind": "wavelet", "form": "wave_conv", "families": ["db2", "haar"], "levels": 2},
+        "channel": {"kind": "dense", "feed_forward": GELU},
     },
     "spectral-controls": {
         "embedding": {"kind": "factorised", "rank": 12, "dropout": 0.0},

@@ -31,7 +31,7 @@ ALLOWED = {
     "moe": {"errors", "config", "ops"},
     "model": {"errors", "config", "ops", "moe"},
     "losses": {"moe", "config"},
-    "metrics": {"moe"},
+    "metrics": {"moe", "ops"},
     "storage": FOUNDATION,
     "training": FOUNDATION | {"storage"},
     "evaluation": FOUNDATION | {"storage", "inference"},

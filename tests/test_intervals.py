@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import t
 
-from sra_ds.intervals import RESAMPLES, paired, share
+from sra_ds.intervals import RESAMPLES, mean, paired, share
 
 TOKENS = np.array([10, 40, 25, 100, 5])
 
@@ -44,6 +44,12 @@ def test_one_seed_is_an_interval_over_documents() -> None:
     found = paired(losses_K[None], np.zeros((1, 5)), TOKENS)
     assert found == share(losses_K, TOKENS)
     assert found.low < found.value < found.high
+
+
+def test_a_single_source_that_has_anything_has_no_interval() -> None:
+    found = mean([0.5, np.nan, np.nan], [0, 1, 2])
+    assert found.value == 0.5 and np.isnan(found.low) and np.isnan(found.high)
+    assert mean([0.5, 0.7, np.nan], [0, 1, 2]).low == 0.5
 
 
 def test_equal_losses_differ_by_nothing() -> None:

@@ -1,6 +1,6 @@
 """Score a trained run: perplexity per token, word and byte over a whole split or your own text, and the
 health of its experts over at least a million tokens. With --coherence the texts it writes instead, beside
-human and spoilt ones; also written to the run's evaluation/coherence.json and figures/coherence.png."""
+human and spoilt ones; also written to the run's evaluation/coherence*.json and figures/coherence*.png."""
 
 import argparse
 import sys
@@ -10,8 +10,8 @@ from typing import Any
 from sra_ds import cli
 from sra_ds.analysis.coherence_plots import write_coherence
 from sra_ds.errors import ConfigError
-from sra_ds.evaluation.coherence.report import Request, score_coherence
-from sra_ds.evaluation.run import Scoring, score_run
+from sra_ds.evaluation.coherence.report import Request, named, score_coherence
+from sra_ds.evaluation.run import USUAL, Scoring, score_run
 from sra_ds.inference.halting import halted_by
 from sra_ds.inference.load import load_run
 from sra_ds.inference.steer import steered_by
@@ -25,13 +25,12 @@ def main() -> int:
     parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
     parser.add_argument("--split", choices=("valid", "test"), default="valid")
     parser.add_argument("--text", type=Path, help="score a file or folder instead of the split")
-    parser.add_argument(
-        "--stride", type=cli.at_least(0), default=0, help="targets a window; 0: all"
-    )
-    parser.add_argument("--batch-size", type=cli.at_least(1), default=16)
+    parser.set_defaults(**USUAL)
+    parser.add_argument("--stride", type=cli.at_least(0), help="targets a window (0: all)")
+    parser.add_argument("--batch-size", type=cli.at_least(1), help="windows at a time (16)")
     parser.add_argument("--legacy-sra", action="store_true", help="also the published PAD protocol")
     parser.add_argument(
-        "--health-tokens", type=cli.at_least(0), default=1_000_000, help="for dead experts; 0: skip"
+        "--health-tokens", type=cli.at_least(0), help="for dead experts; 0: skip (1000000)"
     )
     parser.add_argument(
         "--dynamic", action="store_true", help="also while a persistent memory is written on"
@@ -39,11 +38,11 @@ def main() -> int:
     parser.add_argument("--halting", metavar="KIND[:H]", help="soft or hard, at entropy H")
     parser.add_argument("--steer", type=Path, metavar="CARD", help="with this steering")
     own = parser.add_argument_group("coherence")
-    own.add_argument("--coherence", action="store_true", help="of written texts, not perplexity")
-    own.add_argument("--documents", type=cli.at_least(1), help="human ones at most (default: 200)")
-    own.add_argument("--seeds", type=cli.at_least(1), help="texts per prompt (default: 1)")
-    own.add_argument("--baseline", type=Path, metavar="RUN|HF_DIR", help="also writes")
-    own.add_argument("--judge", type=Path, metavar="RUN|HF_DIR", help="instead of the run itself")
+    own.add_argument("--coherence", action="store_true", help="of texts that the run writes")
+    own.add_argument("--documents", type=cli.at_least(1), help="human texts, at most (200)")
+    own.add_argument("--seeds", type=cli.at_least(1), help="texts for each prompt (1)")
+    own.add_argument("--baseline", type=Path, metavar="RUN|HF_DIR", help="continues them, too")
+    own.add_argument("--judge", type=Path, metavar="RUN|HF_DIR", help="of all texts (the run)")
     own.add_argument("--gap", type=Path, metavar="FILE", help="GAP, .tsv: whom pronouns stand for")
     own.add_argument(
         "--litbank", type=Path, metavar="FILE", help="LitBank, .conll: check of lemmas"
@@ -58,6 +57,9 @@ def command(arguments: argparse.Namespace) -> dict[str, Any]:
     given = {name: own for name in Request._fields if (own := getattr(arguments, name)) is not None}
     if not arguments.coherence and (idle := sorted(given.keys() - {"split", "text"})):
         raise ConfigError(f"--{idle[0]} goes with --coherence")
+    idle = [name for name, usual in USUAL.items() if getattr(arguments, name) != usual]
+    if arguments.coherence and idle:
+        raise ConfigError(f"--{idle[0].replace('_', '-')} has no effect with --coherence")
     loaded = load_run(arguments.run, arguments.checkpoint, device)
     scoring = Scoring(
         arguments.split, arguments.text, arguments.stride, arguments.batch_size,
@@ -67,8 +69,9 @@ def command(arguments: argparse.Namespace) -> dict[str, Any]:
     with steered_by(loaded, arguments.steer), halted_by(loaded.model, arguments.halting):
         if not arguments.coherence:
             return {**steering, **score_run(loaded, scoring, device)}
-        found = {**steering, **score_coherence(loaded, Request(**given), device)}
-    write_coherence(found, loaded.run)
+        request = Request(**given)
+        found = {**steering, **score_coherence(loaded, request, device)}
+    write_coherence(found, loaded.run, named(request, arguments.steer, arguments.halting))
     return found
 
 

@@ -23,12 +23,12 @@ COLOURS = {
 }
 
 
-def write_coherence(found: dict[str, Any], run: RunDir) -> None:
-    """`evaluation/coherence.json` and `figures/coherence.png` of what `score_coherence` found."""
+def write_coherence(found: dict[str, Any], run: RunDir, name: str = "coherence") -> None:
+    """`evaluation/NAME.json` and `figures/NAME.png` of what `score_coherence` found."""
     for folder in (run.evaluation, run.figures):
         folder.mkdir(exist_ok=True)
-    write_atomically(run.evaluation / "coherence.json", json.dumps(found, indent=1))
-    write(coherence_figure(found["scores"]), run.figures / "coherence.png")
+    write_atomically(run.evaluation / f"{name}.json", json.dumps(found, indent=1))
+    write(coherence_figure(found["scores"]), run.figures / f"{name}.png")
 
 
 def coherence_figure(scores: dict[str, Any]) -> Figure:

@@ -99,7 +99,7 @@ def legacy_sra(
     for batch in tqdm(blocks.split(BATCH), "legacy protocol", disable=not progress, leave=False):
         nll = torch.cat(
             [
-                model(b[:, :-1].to(device), b[:, 1:].to(device)).token_nll_BT.double().cpu()  # type: ignore[union-attr]
+                model(b[:, :-1].to(device), b[:, 1:].to(device)).token_nll_BT.cpu().double()  # type: ignore[union-attr]
                 for b in batch.split(FORWARD_BLOCKS)
             ]
         )

@@ -149,7 +149,7 @@ class _Totals:
             load_LE = stacked_loads([r.load_E for r in output.routings]).numpy()
             self.load_LE = self.load_LE + load_LE if self.load_LE.size else load_LE
         if output.haltings:
-            count_LBT = torch.stack([h.iterations_BT for h in output.haltings]).double().cpu()
+            count_LBT = torch.stack([h.iterations_BT for h in output.haltings]).cpu().double()
             sums_L, real_L = count_LBT.nansum((1, 2)), count_LBT.isfinite().sum((1, 2))
             both_2L = torch.stack([sums_L, real_L]).numpy()
             self.iterations_2L = (

@@ -17,6 +17,11 @@ from sra_ds.evaluation.perplexity import Perplexity, Setting, evaluate
 from sra_ds.evaluation.text import open_text
 from sra_ds.inference.load import LoadedRun
 
+USUAL = {
+    "stride": 0, "batch_size": 16, "legacy_sra": False, "health_tokens": 1_000_000, "dynamic": False,
+}  # fmt: skip
+"""What `tools/evaluate.py` asks for unless told otherwise."""
+
 
 class Scoring(NamedTuple):
     """What to score and how; `stride` 0 means windows without overlap."""

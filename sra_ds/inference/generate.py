@@ -24,6 +24,7 @@ from sra_ds.data.tokenizer import end_of_text_id
 from sra_ds.errors import ConfigError, DataError
 from sra_ds.model.init import generator
 from sra_ds.model.language_model import LanguageModel
+from sra_ds.ops.precision import widened, widest
 
 BROKEN = "\ufffd"
 """What undecodable bytes become."""
@@ -140,15 +141,15 @@ def left_padded(rows: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, Te
 
 
 def distribution(logits_BV: Tensor, seen_BV: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities the next token is drawn with, in float64; `seen_BV` marks the tokens a repetition
-    penalty falls on. A token stays only if both top-k and top-p keep it."""
+    """Probabilities the next token is drawn with, in float64 where the device has it; `seen_BV` marks the
+    tokens a repetition penalty falls on. A token stays only if both top-k and top-p keep it."""
     penalty = sampling.repetition_penalty
     if penalty != 1:
         penalised_BV = torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
         logits_BV = torch.where(seen_BV, penalised_BV, logits_BV)
     if sampling.temperature == 0:
-        return F.one_hot(logits_BV.argmax(-1), logits_BV.shape[-1]).double()
-    logits_BV = logits_BV.double()
+        return F.one_hot(logits_BV.argmax(-1), logits_BV.shape[-1]).to(widest(logits_BV.device))
+    logits_BV = widened(logits_BV)
     below_BV = logits_BV - logits_BV.amax(-1, keepdim=True)  # no overflow, however cold
     probs_BV = (below_BV / sampling.temperature).softmax(-1)
     ranked_BV, order_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
@@ -165,7 +166,7 @@ def distribution(logits_BV: Tensor, seen_BV: Tensor, sampling: Sampling) -> Tens
 def draw(probs_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """ids_B: the token in whose stretch of the summed probabilities a number from [0, 1) falls."""
     ends_BV = probs_BV.cumsum(-1)
-    at_B1 = uniform_B[:, None].double() * ends_BV[:, -1:]
+    at_B1 = uniform_B[:, None].to(ends_BV.dtype) * ends_BV[:, -1:]
     return torch.searchsorted(ends_BV, at_B1, right=True).squeeze(-1)
 
 

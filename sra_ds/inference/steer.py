@@ -38,6 +38,7 @@ from sra_ds.model.language_model import LanguageModel
 from sra_ds.moe.layer import Given, MoELayer
 from sra_ds.moe.routers import ScoringRouter, anchor_rows
 from sra_ds.moe.routing import Routing
+from sra_ds.ops.precision import widened
 from sra_ds.ops.top_k_routing import Selection, statistics, top_k_routing
 from sra_ds.storage.run_dir import require_file, write_atomically
 
@@ -165,7 +166,7 @@ def _moved(layer: MoELayer, edits: list[Towards]) -> Callable[..., Any]:
         else:
             assert rows_ED is not None
             vector_D = rows_ED[edit.expert].detach()
-        directions.append((edit.strength, normalize(vector_D.double(), dim=0)))
+        directions.append((edit.strength, normalize(widened(vector_D), dim=0)))
 
     def forward(own: Callable[..., Any], x_TD: Tensor, *rest: Any) -> Any:
         length_T1 = x_TD.norm(dim=-1, keepdim=True)

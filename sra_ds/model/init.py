@@ -135,7 +135,7 @@ def _waves(module: Waves, residual_std: float, seed: int, name: str) -> None:
         module.basis_MD.copy_(wave_basis(whole_H, module.width))
     if isinstance(module, HybridEmbedding):
         module.mixing_logit.fill_(math.log(module.config.ratio / (1 - module.config.ratio)))
-        module.ramp.fill_(1.0)
+        module.ramp.fill_(0.0 if module.config.ramp else 1.0)
 
 
 def _prime_hilbert(
@@ -171,7 +171,7 @@ def _low_pass(module: LowPass, residual_std: float, seed: int, name: str) -> Non
         module.learned_K.copy_(module.taps_FK[0])
     if module.choice_F is not None:
         module.choice_F.zero_()
-        module.temperature.fill_(1.0)
+        module.temperature.fill_(module.first_temperature)
 
 
 def _band_gates(module: BandGates, residual_std: float, seed: int, name: str) -> None:

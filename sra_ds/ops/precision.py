@@ -9,6 +9,11 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def widened(x: Tensor) -> Tensor:
+    """In the widest type of its device."""
+    return x.to(widest(x.device))
+
+
 def widest(device: torch.device | None = None) -> torch.dtype:
     """float64, or float32 on a device that has none (mps)."""
     return torch.float32 if device is not None and device.type == "mps" else torch.float64

@@ -155,17 +155,18 @@ class TemperatureSchedule(InBuffers):
 
 
 class RatioRamp(InBuffers):
-    """The share of the waves in a hybrid embedding grows from 0 to where its own parameter takes over."""
+    """The share of the waves in a hybrid embedding grows from 0 to where its own parameter takes over; it
+    never falls, neither in a longer run that goes on nor in one that starts from trained weights."""
 
     def __init__(self, embedding: HybridEmbedding, steps: int) -> None:
         self.embedding, self.length = embedding, embedding.config.ramp * steps
 
     def on_step_start(self, step: int) -> None:
-        self.embedding.ramp.fill_(min(1.0, step / self.length) if self.length else 1.0)
+        self.embedding.ramp.clamp_(min=min(1.0, step / self.length) if self.length else 1.0)
 
 
 class ChoiceTemperature(InBuffers):
-    """The draw among families of wavelets gets sharper, linearly over the run."""
+    """The draw among families of wavelets gets sharper, linearly over the run, and never less sharp."""
 
     def __init__(
         self, low_passes: Sequence[LowPass], ends: tuple[float, float], steps: int
@@ -175,7 +176,7 @@ class ChoiceTemperature(InBuffers):
     def on_step_start(self, step: int) -> None:
         value = interpolate([(0.0, self.ends[0]), (1.0, self.ends[1])], step / self.steps)
         for low_pass in self.low_passes:
-            low_pass.temperature.fill_(value)
+            low_pass.temperature.clamp_(max=value)
 
 
 class SelectionBias(InBuffers):

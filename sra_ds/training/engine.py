@@ -26,6 +26,7 @@ from sra_ds.config.training import AdamWConfig
 from sra_ds.errors import ConfigError
 from sra_ds.model.decay import decays
 from sra_ds.model.language_model import LanguageModel
+from sra_ds.ops.precision import widened
 
 
 def parameter_groups(model: LanguageModel, weight_decay: float) -> list[dict[str, Any]]:
@@ -162,7 +163,7 @@ def plain_gradient_norm(engine: Any) -> float | None:
     given = [p for p in engine.module.parameters() if p.grad is not None]
     experts, shared = split_params_into_shared_and_expert_params(given)[::-1]
     norms = [torch.nn.utils.get_total_norm([p.grad for p in part]) for part in (shared, experts)]
-    squares = torch.stack([norm.double().square() for norm in norms])
+    squares = torch.stack([widened(norm).square() for norm in norms])
     for layer in engine.module.routed_layers()[:1]:
         if layer.backend.placement.size > 1:  # the other experts' part
             dist.all_reduce(squares[1:], group=layer.backend.ep_group)

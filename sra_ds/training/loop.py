@@ -26,6 +26,7 @@ from sra_ds.metrics import halting_summary
 from sra_ds.model.facts import Halting
 from sra_ds.model.flops import flops_per_token
 from sra_ds.moe.routing import Routing
+from sra_ds.ops.precision import widened
 from sra_ds.storage import checkpoint
 from sra_ds.storage.run_dir import RunDir, read_json
 from sra_ds.training.controllers import (
@@ -224,7 +225,7 @@ class Trainer:
             found = {"loss": loss, "cross_entropy": cross_entropy, **terms}
             for name, value in found.items():
                 sums[name] = (
-                    sums.get(name, 0.0) + value.detach().double() / self.batches.accumulation
+                    sums.get(name, 0.0) + widened(value.detach()) / self.batches.accumulation
                 )
             means = _mean_over_ranks(sums) if micro == self.batches.accumulation - 1 else {}
             self._require_finite(means.get("loss", 0.0), "loss")

@@ -46,7 +46,7 @@ class Remedies:
 
     def on_step_end(self, step: int, seen: Seen) -> Sequence[Event]:
         """Count the step; at the end of a window do what it calls for. Collective then."""
-        load_LE = torch.stack([routing.load_E for routing in seen.routings]).double().cpu()
+        load_LE = torch.stack([routing.load_E for routing in seen.routings]).cpu().double()
         self.tokens += float(load_LE[0].sum()) / seen.routings[0].expert_ids_TK.shape[1]
         load_LE = load_LE if self.load_LE is None else self.load_LE + load_LE
         if self.tokens < self.config.window_tokens:

@@ -156,8 +156,9 @@ def test_the_command_writes_what_it_says(run, text, call, make_run, gap, litbank
     other = make_run("moe-cosine", name="other").path
     options = ("--coherence", "--text", text, "--documents", 9, "--seeds", 2, "--json")
     found = call("evaluate", "--run", run.path, *options, "--baseline", other).tree
-    assert json.loads((run.evaluation / "coherence.json").read_text()) == found
-    assert (run.figures / "coherence.png").stat().st_size > 5000
+    assert json.loads((run.evaluation / "coherence-stories.json").read_text()) == found
+    assert (run.figures / "coherence-stories.png").stat().st_size > 5000
+    assert found["notes"] == ["discourse: the run judges its rival; a third model does by --judge"]
     assert list(found["scores"]) == ["generated", "baseline", *KINDS]
     assert found["text"] == "stories.jsonl" and found["settings"]["passages"] == 9
     short = found["settings"]["too_short"]
@@ -174,7 +175,8 @@ def test_the_command_writes_what_it_says(run, text, call, make_run, gap, litbank
     assert again == found
     labelled = ("--gap", gap, "--litbank", litbank)
     judged = call("evaluate", "--run", run.path, *options, "--judge", other, *labelled).tree
-    assert str(other) in judged["made_with"]["judge"]
+    assert str(other) in judged["made_with"]["judge"] and "notes" in judged
+    assert (run.evaluation / "coherence-stories-by-other.json").is_file()
     assert set(judged["connective_cloze"]) == set(judged["gap"]) == {"generated", "judge"}
     assert judged["gap"]["judge"]["pronouns"] == 1 and judged["litbank"]["recall"]["value"] == 1
     human, same = found["scores"]["human"], judged["scores"]["human"]
@@ -185,7 +187,7 @@ def test_the_command_writes_what_it_says(run, text, call, make_run, gap, litbank
 
 def test_what_cannot_be_scored_is_refused(run, text, call, tmp_path) -> None:
     command = ("evaluate", "--run", run.path)
-    call(*command, "--coherence").refused("no text has 5 sentences within 256 tokens")
+    call(*command, "--coherence").refused("no passage has 5 sentences within 256 tokens")
     options = (*command, "--coherence", "--text", text)
     call(*options, "--baseline", tmp_path).refused("--baseline", "neither a run")
     call(*options, "--judge", tmp_path / "no").refused("--judge", "neither a run")
@@ -193,4 +195,6 @@ def test_what_cannot_be_scored_is_refused(run, text, call, tmp_path) -> None:
     call(*options, "--litbank", text).refused("no coreference chains")
     call(*options, "--documents", 0).refused("--documents")
     call(*command, "--gap", text).refused("--gap goes with --coherence")
-    assert not (run.evaluation / "coherence.json").exists()
+    call(*options, "--stride", 9).refused("--stride has no effect with --coherence")
+    call(*options, "--legacy-sra").refused("--legacy-sra has no effect with --coherence")
+    assert not list(run.evaluation.glob("coherence*"))

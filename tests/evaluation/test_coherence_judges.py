@@ -297,3 +297,43 @@ def test_folders_without_a_model_are_refused(gpt2, tmp_path) -> None:
     (path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="no causal language model"):
         open_model(path, "--baseline", CPU)
+
+
+def test_a_folder_with_a_broken_file_or_a_tokenizer_that_is_not_its_own_is_refused(gpt2) -> None:
+    path, _ = gpt2
+    weights, tokenizer = path / "model.safetensors", path / "tokenizer.json"
+    whole, own = weights.read_bytes(), tokenizer.read_text()
+    weights.write_bytes(whole[:1000])
+    with pytest.raises(ConfigError, match=r"--judge .*: no causal language model that can be read"):
+        open_model(path, "--judge", CPU)
+    weights.write_bytes(whole)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "n_embd": 32}))
+    with pytest.raises(ConfigError, match="no causal language model that can be read"):
+        open_model(path, "--judge", CPU)
+    (path / "config.json").write_text(json.dumps(config))
+    tree = json.loads(own)
+    tree["model"]["vocab"] = {token: 9 * n for token, n in tree["model"]["vocab"].items()}
+    tree["added_tokens"] = []
+    tokenizer.write_text(json.dumps(tree))
+    with pytest.raises(ConfigError, match="its tokenizer is missing or another model's"):
+        open_model(path, "--judge", CPU)
+    for file in path.glob("*token*"):
+        file.unlink()
+    with pytest.raises(ConfigError, match="--judge "):
+        open_model(path, "--judge", CPU)
+
+
+def test_a_model_that_reads_ahead_is_refused(gpt2, tmp_path) -> None:
+    import transformers
+
+    path, _ = gpt2
+    bert = transformers.BertConfig(
+        vocab_size=320, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16, max_position_embeddings=48, is_decoder=False,
+    )  # fmt: skip
+    transformers.BertForMaskedLM(bert).save_pretrained(tmp_path / "bert")
+    for file in path.glob("*token*"):
+        file.rename(tmp_path / "bert" / file.name)
+    with pytest.raises(ConfigError, match="what it says of a token depends on later ones"):
+        open_model(tmp_path / "bert", "--judge", CPU)

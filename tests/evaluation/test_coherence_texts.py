@@ -182,15 +182,27 @@ def test_passages_come_in_turns(make_split, letters, monkeypatch) -> None:
     split = split_of(make_split, letters, [long, article(4, 4), article(5, 30)])
     found = human_passages(split, letters, most=9)
     assert [passage.source for passage in found] == [0, 2, 0, 0]
+    assert found == human_passages(split, letters, most=9)
+    own = {one.sentences[0]: one for one in found if one.source == 0}
+    assert set(own) == {f"Cat {number} saw dog 0 run." for number in range(3)}
     # 20 letters and a blank before each: five fit into 110
-    assert found[0].sentences == [f"Cat 0 saw dog {n} run." for n in range(5)]
-    assert found[2].sentences[0] == "Cat 1 saw dog 0 run."
-    assert found[0].prompt == article(0, 9)[:64]
-    assert found[3].prompt.lstrip().startswith("= Title =")
-    assert found[3].sentences[-1] == "Cat 2 saw dog 4 run.", "what does not fit ends the passage"
+    assert own["Cat 0 saw dog 0 run."].sentences == [f"Cat 0 saw dog {n} run." for n in range(5)]
+    assert own["Cat 0 saw dog 0 run."].prompt == article(0, 9)[:64]
+    titled = own["Cat 2 saw dog 0 run."]
+    assert titled.prompt.lstrip().startswith("= Title =")
+    assert titled.sentences[-1] == "Cat 2 saw dog 4 run.", "what does not fit ends the passage"
     assert [passage.source for passage in human_passages(split, letters, most=2)] == [0, 2]
-    with pytest.raises(DataError, match="no text has 5 sentences within 110 tokens"):
+    with pytest.raises(DataError, match="the split: no passage has 5 sentences within 110"):
         human_passages(split_of(make_split, letters, ["A cat.", ""]), letters, most=3)
+
+
+def test_openings_are_no_more_likely_than_other_passages(make_split, letters, monkeypatch) -> None:
+    monkeypatch.setattr(documents, "TEXT_TOKENS", 120)
+    texts = ["\n".join(article(10 * n + part, 5) for part in range(8)) for n in range(40)]
+    found = human_passages(split_of(make_split, letters, texts), letters, most=40)
+    assert [passage.source for passage in found] == list(range(40))
+    openings = sum(one.sentences[0].startswith(f"Cat {10 * one.source} ") for one in found)
+    assert 4 <= openings <= 17
 
 
 def test_the_ends_of_what_is_written_are_left_out() -> None:

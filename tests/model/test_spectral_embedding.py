@@ -38,6 +38,8 @@ def started(kind: str, **settings: Any) -> Any:
         "factorised": (FactorisedEmbedding, FactorisedEmbeddingConfig),
     }
     module, config = classes[kind]
+    if kind == "hybrid":
+        settings = {"ramp": 0.0, **settings}
     sizes = {"rank": 2 * WAVES} if kind == "factorised" else {"harmonics": WAVES}
     embedding = module(config(dropout=0.0, **{**sizes, **settings}), VOCABULARY, WIDTH)
     holder = torch.nn.Module()
@@ -124,8 +126,9 @@ def test_tied_parameters_are_all_there_are() -> None:
 
 
 def test_the_ratio_starts_where_the_recipe_says_and_follows_the_ramp() -> None:
+    assert float(started("hybrid", ratio=0.3).ratio()) == pytest.approx(0.3)
     embedding = started("hybrid", ratio=0.3, ramp=0.2)
-    assert float(embedding.ratio()) == pytest.approx(0.3)
+    assert float(embedding.ratio()) == 0
     controller = RatioRamp(embedding, steps=100)
     seen = []
     for step in range(100):
@@ -136,8 +139,23 @@ def test_the_ratio_starts_where_the_recipe_says_and_follows_the_ramp() -> None:
     )
 
 
+def test_the_ratio_never_falls_again() -> None:
+    """Neither in a longer run that goes on nor in one that starts from trained weights."""
+    embedding = started("hybrid", ratio=0.3, ramp=0.2)
+    RatioRamp(embedding, steps=100).on_step_start(15)
+    for longer, step in ((1000, 16), (1000, 160), (50, 0)):
+        RatioRamp(embedding, steps=longer).on_step_start(step)
+        assert float(embedding.ramp) == pytest.approx(max(0.75, step / longer / 0.2))
+        embedding.ramp.clamp_(max=0.75)
+    RatioRamp(embedding, steps=100).on_step_start(20)
+    with torch.no_grad():
+        embedding.mixing_logit.fill_(1.0)  # learned meanwhile
+    RatioRamp(embedding, steps=1000).on_step_start(21)
+    assert float(embedding.ratio()) == pytest.approx(torch.tensor(1.0).sigmoid().item())
+
+
 def test_at_the_start_of_the_ramp_it_is_the_table_of_tokens() -> None:
-    embedding = started("hybrid")
+    embedding = started("hybrid", ramp=0.2)
     RatioRamp(embedding, steps=10).on_step_start(0)
     assert torch.equal(vectors(embedding), embedding.weight[:, :WIDTH])
 

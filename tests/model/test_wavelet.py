@@ -17,6 +17,7 @@ from sra_ds.model.mixers.bands import decompose, split_bands
 from sra_ds.model.mixers.filters import LowPass, orthogonality_error, wavelet_taps
 from sra_ds.model.mixers.wave_attention import WaveAttention, keep_every, stride
 from sra_ds.model.mixers.wave_conv import WaveConv
+from sra_ds.training.controllers import ChoiceTemperature
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -247,6 +248,32 @@ def test_the_penalty_pulls_taps_back_to_orthogonality() -> None:
         orthogonality_error(module()[0]).backward()
         optimizer.step()
     assert float(orthogonality_error(module()[0]).detach()) < 1e-3 * first
+
+
+def test_the_temperature_of_the_choice_never_rises_again() -> None:
+    module = low_pass(families=("db4", "haar"), choice_temperature=(2.0, 0.3))
+    assert float(module.temperature) == 2
+    ChoiceTemperature([module], (2.0, 0.3), steps=10).on_step_start(5)
+    assert float(module.temperature) == pytest.approx(1.15)
+    ChoiceTemperature([module], (2.0, 0.3), steps=100).on_step_start(6)
+    assert float(module.temperature) == pytest.approx(1.15)
+
+
+@pytest.mark.parametrize("form", ["wave_conv", "wave_attn"])
+def test_the_penalty_is_the_error_of_the_taps_a_real_token(form: str) -> None:
+    if form == "wave_conv":
+        mixer = started(WaveConv(WaveConvConfig(filters="learnable"), WIDTH))
+    else:
+        mixer = started(WaveAttention(WaveAttentionConfig(heads=4, filters="learnable"), WIDTH))
+    with torch.no_grad():
+        mixer.low_pass.learned_K.add_(0.05 * torch.randn(8))
+    valid_BT = torch.ones(2, 60, dtype=torch.bool)
+    valid_BT[0, 50:] = False
+    x_BTD = torch.randn(2, 60, WIDTH, dtype=torch.float64)
+    facts = mixer(x_BTD, context_of(torch.zeros(2, 60, dtype=torch.int64), valid_BT))[1]
+    error = orthogonality_error(mixer.low_pass()[0])
+    assert float(error.detach()) > 1e-4
+    assert_near(facts["penalties"]["wavelet"], 110 * error, 1e-9)
 
 
 def test_a_layer_takes_one_family_whole_and_learns_which() -> None:

@@ -6,6 +6,7 @@ import pytest
 from safetensors.torch import load_file
 
 from commands import interrupt, step_lines, train
+from sra_ds.model.mixers.filters import orthogonality_error
 
 PARTS = (
     "model.embedding={kind: hybrid, harmonics: 6, ramp: 0.75, dropout: 0.0}",
@@ -58,11 +59,16 @@ def test_resumed_within_the_ramp_it_is_the_same_run(whole, tmp_path) -> None:
 
 
 def test_learned_filters_are_held_and_drawn(tiny, tmp_path) -> None:
-    run = tmp_path / "learned"
     mixer = "model.mixer={kind: wavelet, form: wave_conv, families: [db2], filters: learnable}"
-    result = train("--recipe", tiny / "tiny.yaml", "--run", run, PARTS[0], mixer, *PARTS[2:])
-    assert result.returncode == 0, result.stderr
-    last = step_lines(run)[-1]
-    assert last["facts"]["layer0/filter_drift"] > 0
-    assert last["auxiliary"]["wavelet"] >= 0
-    assert (run / "figures" / "filter_drift.png").is_file()
+    errors = {}
+    for weight in (0, 10):
+        run = tmp_path / f"weight-{weight}"
+        asked = (PARTS[0], mixer, *PARTS[2:], f"losses.wavelet_weight={weight}")
+        result = train("--recipe", tiny / "tiny.yaml", "--run", run, *asked)
+        assert result.returncode == 0, result.stderr
+        assert step_lines(run)[-1]["facts"]["layer0/filter_drift"] > 0
+        assert (run / "figures" / "filter_drift.png").is_file()
+        weights = load_file(run / "checkpoints" / "12" / "model.safetensors")
+        taps = [value for name, value in weights.items() if name.endswith("low_pass.learned_K")]
+        errors[weight] = sum(float(orthogonality_error(own / own.sum())) for own in taps)
+    assert errors[10] < errors[0] / 2

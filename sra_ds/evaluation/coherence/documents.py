@@ -2,8 +2,9 @@
 
 A source is an article, a file or what else the corpus counts as one text. A passage of it starts at a
 paragraph and has the whole sentences that fit into as many tokens as a model is let write, so that human
-and written documents are of about one length. Where there are fewer sources than passages asked for, each
-gives a second one, a third, and so on.
+and written documents are of about one length. Which passage of a source comes first is drawn, since how
+texts open is a kind of text of its own. Where there are fewer sources than passages asked for, each gives
+a second one, a third, and so on.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer
 from sra_ds.data.shards import TokenSplit
 from sra_ds.errors import DataError
 from sra_ds.evaluation.coherence.anchors import Sentences
+from sra_ds.evaluation.coherence.orders import seeded
 from sra_ds.evaluation.coherence.scoring import TextModel
 from sra_ds.evaluation.coherence.sentences import (
     SENTENCE_END,
@@ -27,6 +29,8 @@ PROMPT_TOKENS = 64
 TEXT_TOKENS = 256
 FEWEST, MOST = 5, 20
 """Sentences of a document that is scored."""
+DRAWN_FROM = 16
+"""The first passages of a source."""
 CHARACTERS_A_TOKEN = 64
 """No more are looked at for each token that is wanted: some texts are one endless line."""
 
@@ -47,15 +51,21 @@ class Document(NamedTuple):
     sentences: Sentences
 
 
-def human_passages(split: TokenSplit, tokenizer: Tokenizer, most: int) -> list[Passage]:
-    """Up to `most` passages of a split: the first of every source, then the second ones. Raises
+def human_passages(
+    split: TokenSplit, tokenizer: Tokenizer, most: int, label: str = "the split"
+) -> list[Passage]:
+    """Up to `most` passages of a split: one of every source, then a second one of each. Raises
     `DataError` where no source has enough sentences."""
     sources = (
-        _passages(number, text, tokenizer) for number, text in enumerate(_texts(split, tokenizer))
+        _drawn(_passages(number, text, tokenizer))
+        for number, text in enumerate(_texts(split, tokenizer))
     )
     found = list(islice(_in_turns(sources), most))
     if not found:
-        raise DataError(f"no text has {FEWEST} sentences within {TEXT_TOKENS} tokens")
+        raise DataError(
+            f"{label}: no passage has {FEWEST} sentences within {TEXT_TOKENS} tokens; give longer prose "
+            "in English, a paragraph a line"
+        )
     return found
 
 
@@ -99,6 +109,13 @@ def _in_turns(sources: Iterable[Iterator[Passage]]) -> Iterator[Passage]:
                 yield passage
                 again.append(passages)
         sources = again
+
+
+def _drawn(passages: Iterator[Passage]) -> Iterator[Passage]:
+    """In an order that their words decide."""
+    found = list(islice(passages, DRAWN_FROM))
+    order = seeded([passage.sentences[0] for passage in found], "passages").permutation(len(found))
+    yield from (found[number] for number in order)
 
 
 def _passages(number: int, text: str, tokenizer: Tokenizer) -> Iterator[Passage]:

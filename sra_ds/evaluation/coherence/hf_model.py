@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sra_ds.errors import BackendUnavailable, ConfigError
@@ -26,6 +27,7 @@ class HfModel:
         self.model, self.tokenizer = _load(path, option)
         self.model.to(device).eval()
         self.device = device
+        self._require_usable(f"{option} {path}")
         self.name = f"{path}, {type(self.model).__name__}"
         stated = getattr(self.model.config, "max_position_embeddings", None)
         self.window = int(stated or UNSTATED_WINDOW)
@@ -34,6 +36,21 @@ class HfModel:
         if not known:
             raise ConfigError(f"{option} {path}: its tokenizer has no token that opens a text")
         self.opening, self.closing = known[0], known[-1]
+
+    @torch.inference_mode()
+    def _require_usable(self, named: str) -> None:
+        """A tokenizer that belongs to the model, and a model that does not read ahead."""
+        ids = self.encode("The cat sat on the mat.")
+        known = self.model.get_input_embeddings().num_embeddings
+        if not ids or max(ids) >= known or len(self.tokenizer) > known:
+            raise ConfigError(f"{named}: its tokenizer is missing or another model's")
+        row_BT = torch.tensor([ids], device=self.device)
+        other_BT = row_BT.clone()
+        other_BT[0, -1] = (other_BT[0, -1] + 1) % known
+        first_BTV, second_BTV = (self.model(input_ids=x_BT).logits for x_BT in (row_BT, other_BT))
+        change = (first_BTV - second_BTV)[:, :-1].abs().max()
+        if change > 1e-4 * first_BTV.abs().max():
+            raise ConfigError(f"{named}: what it says of a token depends on later ones")
 
     def encode(self, text: str) -> list[int]:
         """Token ids; nothing opens or closes them."""
@@ -88,7 +105,7 @@ def _load(path: Path, option: str) -> tuple[Any, Any]:
         model = AutoModelForCausalLM.from_pretrained(
             path, use_safetensors=True, dtype=torch.float32, **local
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"{option} {path}: no causal language model that can be read ({reason})"

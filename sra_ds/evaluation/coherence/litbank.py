@@ -46,17 +46,6 @@ class Sentence(NamedTuple):
     mentions: list[Mention]
 
 
-class Pairs(NamedTuple):
-    """Counts over a document."""
-
-    one_lemma: int
-    one_chain: int
-    both: int
-    mentions: int
-    headed: int
-    """Mentions with a noun or name."""
-
-
 class Head(NamedTuple):
     """Of a mention: where, of which chain, and what the entity graph sees of it."""
 

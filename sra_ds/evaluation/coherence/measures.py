@@ -21,8 +21,11 @@ from sra_ds.evaluation.coherence.tagging import Tagger
 from sra_ds.intervals import Estimate, mean
 
 MEASURES = ("entity", "semantic", "discourse", "lexical")
-COMPANIONS = ("entity_overlap", "without_shared_entities", "log_mattr_50", "sentences", "words")
-"""Told beside them as means, without intervals."""
+COMPANIONS = (
+    "entity_where_shared", "without_shared_entities", "entity_overlap", "log_mattr_50", "sentences",
+    "words",
+)  # fmt: skip
+"""Told beside them as means, without intervals; the first is entity of the documents that share any."""
 Kinds = Mapping[str, Sequence[Document]]
 Values = dict[str, list[float]]
 
@@ -76,9 +79,11 @@ def _of_words(documents: Sequence[Document], tagger: Tagger) -> tuple[Values, Va
         entities = [own.entities for own in tagged]
         spoken = [word for sentence in document.sentences for word in words(plain(sentence))]
         values["entity"].append(entity(document.sentences, entities))
+        shared = any_shared(entities)
+        companions["entity_where_shared"].append(values["entity"][-1] if shared else np.nan)
         values["lexical"].append(lexical([own.content for own in tagged], spoken))
         companions["entity_overlap"].append(entity_overlap(entities))
-        companions["without_shared_entities"].append(not any_shared(entities))
+        companions["without_shared_entities"].append(not shared)
         companions["log_mattr_50"].append(log_mattr(spoken))
         companions["sentences"].append(len(document.sentences))
         companions["words"].append(len(spoken))

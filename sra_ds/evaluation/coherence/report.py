@@ -1,6 +1,7 @@
 """What `tools/evaluate.py --coherence` says: documents that models wrote beside human ones and those
 spoilt, by four measures that stay apart, with the names of all they were measured with."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +37,10 @@ FITTED_PASSAGES = 1000
 """Of the training split, for the encoder that stands in where there is no trained one."""
 
 
+FEWEST_WORDS = 4
+"""Of a sentence of English, on average."""
+
+
 class Request(NamedTuple):
     """What to look at."""
 
@@ -49,6 +54,18 @@ class Request(NamedTuple):
     """The same, to judge all documents instead of the evaluated run."""
     gap: Path | None = None
     litbank: Path | None = None
+
+
+def named(request: Request, steer: Path | None, halting: str | None) -> str:
+    """What the files of a result are called: `coherence`, and what sets it apart from the plain one."""
+    parts = [
+        "" if request.split == "valid" or request.text is not None else request.split,
+        "" if request.text is None else request.text.stem,
+        "" if request.judge is None else f"by-{request.judge.name}",
+        "" if steer is None else f"steered-{steer.stem}",
+        "" if halting is None else f"halting-{halting}",
+    ]
+    return re.sub(r"[^\w.-]+", "_", "-".join(["coherence", *filter(None, parts)]))
 
 
 class Models(NamedTuple):
@@ -71,16 +88,18 @@ def score_coherence(loaded: LoadedRun, request: Request, device: torch.device) -
     cases = None if request.gap is None else read_gap(request.gap)
     novels = None if request.litbank is None else read_litbank(request.litbank)
     with open_text(loaded, request.split, request.text) as text:
-        passages = human_passages(text.split, loaded.tokenizer, request.documents)
+        passages = human_passages(text.split, loaded.tokenizer, request.documents, text.label)
     encoder = open_encoder(lambda: _fitting(text.corpus, loaded, passages), device)
     kinds, too_short = _documents(models.writers, passages, request.seeds)
+    scores = measure(kinds, Instruments(models.judge, encoder.encode, tagger))
     found = {
         "run": str(loaded.run.path),
         "checkpoint": loaded.checkpoint.name,
         "text": text.label,
         "made_with": _names(models, encoder, splitter, tagger),
         "settings": _settings(passages, request, too_short),
-        "scores": measure(kinds, Instruments(models.judge, encoder.encode, tagger)),
+        "notes": _notes(request, scores),
+        "scores": scores,
         "connective_cloze": models.each(lambda model: connective_cloze(model, passages)),
     }
     if cases is not None:
@@ -111,6 +130,20 @@ def _documents(
     for name, spoil in ANCHORS.items():
         kinds[name] = [Document(own.source, spoil(own.sentences)) for own in passages]
     return kinds, too_short
+
+
+def _notes(request: Request, scores: dict[str, dict[str, Any]]) -> list[str]:
+    """What a reader of the scores has to know."""
+    notes = []
+    if request.baseline is not None and request.judge is None:
+        notes.append("discourse: the run judges its rival; a third model does by --judge")
+    human = scores["human"]
+    if human["semantic"]["value"] is None:
+        notes.append("semantic needs texts of two sources at least")
+    companions = human["companions"]
+    if companions["words"] < FEWEST_WORDS * companions["sentences"]:
+        notes.append("the human texts have hardly any words a sentence: this is made for English")
+    return notes
 
 
 def _names(models: Models, encoder: Encoder, splitter: str, tagger: Tagger) -> dict[str, Any]:

@@ -89,5 +89,5 @@ def _batch_nll(model: TextModel, rows: Sequence[Row]) -> NDArray[np.float64]:
     at_T = torch.arange(ids_BT.shape[1])
     targets_BT = targets_BT.where(at_T >= given_B1, IGNORED)
     batch = (part.to(model.device) for part in (ids_BT, targets_BT, at_T < lengths_B1))
-    nll_B: NDArray[np.float64] = model.token_nll(*batch).double().sum(1).cpu().numpy()
+    nll_B: NDArray[np.float64] = model.token_nll(*batch).cpu().double().sum(1).numpy()
     return nll_B

@@ -28,7 +28,7 @@ class LowPass(nn.Module):
 
     def __init__(self, config: WaveletsConfig) -> None:
         super().__init__()
-        self.families = config.families
+        self.families, self.first_temperature = config.families, config.choice_temperature[0]
         self.length = max(len(wavelet_taps(family)) for family in config.families)
         self.register_buffer("taps_FK", torch.empty(len(config.families), self.length), False)
         self.learned_K: nn.Parameter | None = None
