@@ -28,7 +28,7 @@ def spectral_figures(steps: Metrics, spectrum: Spectrum | None) -> dict[str, Fig
         figures["spectrum"] = spectrum_figure(spectrum)
     if "embedding/effective_rank" in facts:
         figures["effective_rank"] = over_steps(
-            steps, ["embedding/effective_rank"], "effective rank of the tokens' vectors"
+            steps, ["embedding/effective_rank"], "effective rank of the vectors of 512 tokens"
         )
     if "embedding/ratio" in facts:
         figures["hybrid_ratio"] = over_steps(steps, ["embedding/ratio"], "share of the waves")
