@@ -21,6 +21,7 @@ def commands(text: str) -> list[str]:
 COMMANDS = commands(README)
 RESONANCE = commands((ROOT / "docs" / "resonance.md").read_text("utf-8"))
 MOE_FAMILY = commands((ROOT / "docs" / "moe-family.md").read_text("utf-8"))
+SRA = commands((ROOT / "docs" / "sra.md").read_text("utf-8"))
 SPECTRAL = commands((ROOT / "docs" / "spectral.md").read_text("utf-8"))
 RESONANT = (
     "model.mixer={kind: resonance, heads: 2}",
@@ -64,7 +65,7 @@ def test_a_command_of_the_resonance_page_works(resonant_run, command, tmp_path):
     require_success(resonant_run, command, tmp_path)
 
 
-@pytest.mark.parametrize("command", [*MOE_FAMILY, *SPECTRAL])
+@pytest.mark.parametrize("command", [*SRA, *MOE_FAMILY, *SPECTRAL])
 def test_a_command_of_the_pages_of_families_works(command, tmp_path):
     require_success(tmp_path / "run", command, tmp_path)
 

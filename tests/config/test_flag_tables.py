@@ -49,6 +49,16 @@ def test_every_flag_of_spectral_llm_leads_to_a_key(flag: str, ours: str) -> None
         assert_set(recipe.model_dump(), ours, value)
 
 
+@pytest.mark.parametrize("flag, ours", flags("sra.md"), ids=lambda value: value.split("=")[0])
+def test_every_setting_of_the_published_code_leads_to_a_key(flag: str, ours: str) -> None:
+    own = ["losses.dispersion=none", "training.top_k_schedule=[]"]
+    recipe, shipped = (load_recipe("sra-small", overrides) for overrides in ([*own, ours], own))
+    value = flag.partition("=")[2]
+    if value and "{" not in ours and value != "batch":
+        assert_set(recipe.model_dump(), ours, value)
+    assert recipe != shipped
+
+
 def assert_set(recipe: dict, override: str, value: str) -> None:
     """The key has the flag's value."""
     key, given = override.split("=")
