@@ -16,6 +16,8 @@ class AdamWConfig(Part):
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.01, ge=0)
+    anchor_rate: float = Field(1.0, gt=0)
+    """Learning rate of the anchors (or rows) of routers, over that of everything else."""
 
 
 class SgdConfig(Part):

@@ -29,14 +29,18 @@ from sra_ds.model.language_model import LanguageModel
 from sra_ds.ops.precision import widened
 
 
-def parameter_groups(model: LanguageModel, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: LanguageModel, weight_decay: float, anchor_rate: float = 1.0
+) -> list[dict[str, Any]]:
     """Every trainable parameter once, with decay and without (`sra_ds.model.decay`); experts that are
     spread over processes in groups of their own, as DeepSpeed wants them, and so each ghost, which has a
-    learning rate of its own and no decay."""
+    learning rate of its own and no decay, and the anchors where they have one."""
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
-    ghosts = ghost_groups(model)
-    theirs = {id(parameter) for group in ghosts for parameter in group["params"]}
+    apart = ghost_groups(model)
+    if anchor_rate != 1:
+        apart += anchor_groups(model, weight_decay, anchor_rate)
+    theirs = {id(parameter) for group in apart for parameter in group["params"]}
     for path, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in theirs:
             owner, _, name = path.rpartition(".")
@@ -44,10 +48,24 @@ def parameter_groups(model: LanguageModel, weight_decay: float) -> list[dict[str
     groups = [
         {"name": "decayed", "params": decayed, "weight_decay": weight_decay},
         {"name": "plain", "params": plain, "weight_decay": 0.0},
-        *ghosts,
+        *apart,
     ]
     groups = split_params_into_different_moe_groups_for_optimizer(groups)
     return [group for group in groups if group["params"]]
+
+
+def anchor_groups(model: LanguageModel, weight_decay: float, rate: float) -> list[dict[str, Any]]:
+    """The anchors of all routers, or the rows of linear ones, which decay."""
+    found: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+    for router in model.routers():
+        for name in ("anchors", "weight"):
+            parameter = getattr(router, name, None)
+            if isinstance(parameter, nn.Parameter) and parameter.requires_grad:
+                found[decays(router, name)].append(parameter)
+    return [
+        {"name": "anchors", "params": params, "weight_decay": weight_decay * decay, "rate": rate}
+        for decay, params in found.items()
+    ]
 
 
 def ghost_groups(model: LanguageModel) -> list[dict[str, Any]]:
@@ -71,11 +89,12 @@ def ghost_group(layer: int, ghost: int) -> str:
 def build_optimizer(model: LanguageModel, recipe: Recipe) -> torch.optim.Optimizer:
     """The recipe's optimizer; AdamW runs fused, on the CPU too."""
     config = recipe.training.optimizer
-    groups = parameter_groups(model, config.weight_decay)
     if isinstance(config, AdamWConfig):
+        groups = parameter_groups(model, config.weight_decay, config.anchor_rate)
         return torch.optim.AdamW(
             groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True
         )
+    groups = parameter_groups(model, config.weight_decay)
     return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
 
 
@@ -108,9 +127,9 @@ def build_engine(model: LanguageModel, recipe: Recipe, ds_config: dict[str, Any]
 
 
 def set_learning_rate(engine: Any, value: float) -> None:
-    """For every parameter group."""
+    """For every parameter group, times the group's own rate."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = value
+        group["lr"] = value * group.get("rate", 1.0)
 
 
 @torch.no_grad()

@@ -3,20 +3,21 @@
 import copy
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from families import ROUTED
+from families import FAMILIES, ROUTED
 from references import assert_same, gradients, randomise
 from sra_ds.config import Recipe
 from sra_ds.config.losses import LossesConfig
 from sra_ds.losses import auxiliary_losses, total_loss
 from sra_ds.model.context import DecodingState
 from sra_ds.model.language_model import LanguageModel, ModelOutput, build_model
-from sra_ds.training.engine import parameter_groups
+from sra_ds.training.engine import build_optimizer, parameter_groups, set_learning_rate
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -422,3 +423,19 @@ def test_facts_and_routings_are_reported_per_layer(tiny_recipe: Builder, family:
     assert len(model.train()(tokens()).saturations) == (2 if family == "moe-ghost" else 0)
     assert len(output.haltings) == (2 if family.startswith("resonance") else 0)
     assert len(output.memory_states_HCC) == (2 if family == "resonance-moe" else 0)
+
+
+@pytest.mark.parametrize("router", ["cosine", "linear", "random"])
+def test_anchors_may_have_a_learning_rate_of_their_own(tiny_recipe: Builder, router: str) -> None:
+    asked = {"training": {"optimizer": {"kind": "adamw", "anchor_rate": 0.25}}}
+    moe = {"model": {"channel": {**FAMILIES["moe-cosine"]["channel"], "router": {"kind": router}}}}
+    recipe = tiny_recipe("moe-cosine", {**asked, **moe})
+    model = build_model(recipe)
+    optimizer = build_optimizer(model, recipe)
+    set_learning_rate(SimpleNamespace(optimizer=optimizer), 0.1)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(rates) == len(list(model.parameters()))
+    own = {"cosine": "anchors", "linear": "weight"}.get(router, "nothing")
+    for name, parameter in model.named_parameters():
+        expected = 0.025 if name.endswith(f"router.{own}") else 0.1
+        assert rates[id(parameter)] == pytest.approx(expected), name
