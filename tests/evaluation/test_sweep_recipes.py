@@ -7,6 +7,7 @@ import pytest
 from sra_ds.analysis.plots import draw_comparison
 from sra_ds.config import load_recipe
 from sra_ds.errors import ConfigError
+from sra_ds.evaluation.compare.budgets import budget
 from sra_ds.evaluation.compare.cells import read_sweep
 from sra_ds.inference.load import load_run
 from sra_ds.model.flops import flops_per_token
@@ -36,7 +37,7 @@ def test_what_is_no_sweep_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_an_unknown_sweep_is_refused() -> None:
-    with pytest.raises(ConfigError, match="no sweep 'nothing': shipped are resonance"):
+    with pytest.raises(ConfigError, match="no sweep 'nothing': shipped are resonance, sra"):
         read_sweep("nothing", [], [0])
 
 
@@ -45,6 +46,7 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     file.write_text("recipe: quickstart\nvariants:\n  wide: [model.width=256]\n  plain: []\n")
     wide, plain = read_sweep(str(file), [], [0])
     assert wide.recipe.model.width == 256
+    assert read_sweep(str(file), ["model.width=128"], [0])[0].recipe.model.width == 256
     assert plain.recipe.name == "plain"
 
 
@@ -78,3 +80,20 @@ def test_a_figure_of_compression_where_shares_differ(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"comparison.png"}
     draw_comparison([row("a", 0.3), row("b", None), row("c", 0.5)], tmp_path)
     assert (tmp_path / "compression.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("sweep", ["sra", "sra-best"])
+def test_variants_of_sra_have_the_active_parameters_of_its_dense_twin(sweep: str) -> None:
+    twin = budget(load_recipe("dense-small"))[0].active
+    for cell in read_sweep(sweep, [], [0]):
+        expected = 1.4 if cell.recipe.model.channel.top_k == 4 and sweep == "sra" else 1
+        assert budget(cell.recipe)[0].active == pytest.approx(expected * twin, rel=3e-3), cell.name
+
+
+def test_the_published_forms_have_the_parameters_of_sra_small() -> None:
+    own, *others = (
+        budget(load_recipe(name))[0] for name in ("sra-small", "sra-v1-small", "sra-v2-small")
+    )
+    for other in others:
+        assert other.active == pytest.approx(own.active, rel=2e-3)
+        assert other.total == pytest.approx(own.total, rel=2e-3)

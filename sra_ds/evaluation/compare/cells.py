@@ -36,7 +36,8 @@ def cells_of(recipes: Sequence[str], overrides: Sequence[str], seeds: Sequence[i
 
 def read_sweep(name_or_file: str, overrides: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
     """The variants of a sweep: a YAML file, or one shipped as `sra_ds/recipes/sweeps/NAME.yaml`, with a
-    `recipe` and `variants`, each a name and its overrides. Raises `ConfigError`."""
+    `recipe` and `variants`, each a name and its overrides, which win over the common ones. Raises
+    `ConfigError`."""
     path, shipped = Path(name_or_file), Path(str(resources.files("sra_ds") / "recipes" / "sweeps"))
     if path.suffix not in (".yaml", ".yml"):
         path = shipped / f"{name_or_file}.yaml"
@@ -52,7 +53,7 @@ def read_sweep(name_or_file: str, overrides: Sequence[str], seeds: Sequence[int]
             f"{path}: a sweep has `recipe: NAME` and `variants: {{name: [key.path=value, ...]}}`"
         ) from None
     return [
-        _cell(base, [f"name={name}", *own, *overrides], seed)
+        _cell(base, [f"name={name}", *overrides, *own], seed)
         for seed in seeds
         for name, own in variants.items()
     ]
