@@ -1,6 +1,5 @@
 """A finished cell: what one run came to, in one JSON file that needs nothing else to be compared."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,7 @@ class FinishedCell(BaseModel):
     seed: int
     run: str
     settings: dict[str, Any]
-    """The merged recipe."""
+    """The merged recipe, of files and folders the names alone."""
     token_perplexity: float
     word_perplexity: float
     bits_per_byte: float
@@ -86,9 +85,9 @@ class FinishedCell(BaseModel):
         """What its file is called, between `cell-` and `.json`."""
         return name_of(self.recipe, self.seed)
 
-    def resolved(self) -> Recipe:
-        """The recipe it was trained with."""
-        return validate(self.settings)
+    def is_of(self, recipe: Recipe) -> bool:
+        """Whether it was trained with this recipe, wherever the data were."""
+        return validate(self.settings) == _portable(recipe)
 
     def losses(self) -> tuple[Array, Array]:
         """Nats and tokens of each validation document."""
@@ -114,6 +113,19 @@ def read_cell(path: Path) -> FinishedCell:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise DataError(f"{path}: not a finished cell ({where}: {first['msg']})") from None
+
+
+def _portable(recipe: Recipe) -> Recipe:
+    """With the names alone of files and folders, whose places differ from machine to machine."""
+
+    def named(value: Any) -> Any:
+        if isinstance(value, Path):
+            return Path(value.name)
+        if isinstance(value, dict):
+            return {key: named(own) for key, own in value.items()}
+        return [named(own) for own in value] if isinstance(value, (list, tuple)) else value
+
+    return validate(named(recipe.model_dump()))
 
 
 def _curve(metrics: Sequence[dict[str, Any]]) -> tuple[Point, ...]:
@@ -162,7 +174,7 @@ def cell_of_run(path: Path) -> FinishedCell:
         recipe=recipe.name,
         seed=recipe.training.seed,
         run=str(path),
-        settings=json.loads(recipe.model_dump_json()),
+        settings=_portable(recipe).model_dump(mode="json"),
         **{name: summary["validation"][name] for name in figures},
         document_nll=tuple(round(float(nats), 6) for nats in nll),
         document_tokens=tuple(map(int, tokens)),

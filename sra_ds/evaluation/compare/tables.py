@@ -171,8 +171,10 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def _table(columns: dict[str, Callable[[Row], str]], rows: Sequence[Row]) -> list[str]:
-    cells = [list(columns), ["---"] * len(columns)]
-    cells += [[text(row) for text in columns.values()] for row in rows]
+    """As markdown, without the columns that have nothing in any row."""
+    filled = {title: [text(row) for row in rows] for title, text in columns.items()}
+    filled = {title: own for title, own in filled.items() if set(own) != {"–"}}
+    cells = [list(filled), ["---"] * len(filled), *map(list, zip(*filled.values(), strict=True))]
     return ["| " + " | ".join(line) + " |" for line in cells]
 
 

@@ -103,18 +103,14 @@ def _require_gpus(launch: Launch) -> None:
 def _found(cell: Cell, out: Path, runs: Path) -> FinishedCell | None:
     """The cell if it is finished. Raises `ConfigError` for one of other settings under its name."""
     file, run = cell_file(out, cell.name), RunDir(runs / cell.name)
-    for path, there in ((file, file.is_file()), (run.path, run.recipe_file.is_file())):
-        if not there:
-            continue
-        trained = read_cell(path).resolved() if path == file else run.recipe()
-        if trained != cell.recipe:
-            raise ConfigError(f"{path} is of other settings; choose another --out or delete it")
-    if file.is_file():
-        return read_cell(file)
-    if not run.summary_file.is_file():
-        return None
-    finished = cell_of_run(run.path)
-    write_cell(finished, out)
+    finished = read_cell(file) if file.is_file() else None
+    if finished is not None and not finished.is_of(cell.recipe):
+        raise ConfigError(f"{file} is of other settings; choose another --out or delete it")
+    if run.recipe_file.is_file() and run.recipe() != cell.recipe:
+        raise ConfigError(f"{run.path} is of other settings; choose another --out or delete it")
+    if finished is None and run.summary_file.is_file():
+        finished = cell_of_run(run.path)
+        write_cell(finished, out)
     return finished
 
 
