@@ -41,7 +41,10 @@ def main() -> int:
     parser.add_argument(
         "--processes", type=cli.at_least(1), default=1, help="processes of each run"
     )
-    parser.add_argument("--deepspeed", type=Path, default=ROOT / "ds_configs" / "zero0.json")
+    zero0 = ROOT / "ds_configs" / "zero0.json"
+    parser.add_argument(
+        "--deepspeed", type=Path, default=zero0, metavar="JSON", help="(zero0.json)"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="cells and tables")
     parser.add_argument("--train-in", type=Path, metavar="DIR", help="folder of the runs (--out)")
     return cli.run(parser.parse_args(), command, show)
