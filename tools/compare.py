@@ -30,11 +30,7 @@ def main() -> int:
         "--set", **several, default=[], metavar="key.path=value", help="for all recipes"
     )
     parser.add_argument(
-        "--matched",
-        nargs="+",
-        choices=MATCHES,
-        default=[],
-        help="refuse recipes 2 %% apart in these",
+        "--matched", **several, choices=MATCHES, default=[], help="what must agree within 2 %%"
     )
     parser.add_argument("--against", metavar="NAME", help="what the others differ from (the first)")
     parser.add_argument("--jobs", type=cli.at_least(1), default=1, help="runs trained at a time")
