@@ -219,6 +219,20 @@ def test_padding_that_sees_no_key_is_finite() -> None:
     assert mixer(x_BTD, context_of(doc_BT, valid_BT))[0].isfinite().all()
 
 
+def test_decoding_keeps_what_the_filters_still_need_and_no_more() -> None:
+    mixer = started(WaveConv(WaveConvConfig(), WIDTH))
+    cache: dict[str, Tensor] = {}
+    x_BTD = torch.randn(1, 70, WIDTH, dtype=torch.float64)
+    whole = mixer(x_BTD, context_of(torch.zeros(1, 70, dtype=torch.int64)))[0]
+    for at in range(70):
+        step = context_of(torch.zeros(1, at + 1, dtype=torch.int64))
+        step = step._replace(document_positions_BT=step.document_positions_BT[:, at:])
+        found = mixer(x_BTD[:, at : at + 1], step, cache)[0]
+        assert_near(found, whole[:, at : at + 1], 1e-12)
+    kept = {name: value.shape[1] for name, value in cache.items()}
+    assert kept == {"level0": 7, "level1": 14, "level2": 28}
+
+
 def low_pass(**settings: Any) -> LowPass:
     module = LowPass(WaveConvConfig(**settings))
     holder = torch.nn.Module()
