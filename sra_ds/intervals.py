@@ -1,11 +1,11 @@
 """Values with 95 % intervals: over sources of text, and over the seeds of what was trained.
 
     share     a sum over a sum: percentiles of bootstrap resamples of sources  (Efron and Tibshirani 1993)
-    paired    by how much one loss is above another, over documents and seeds: a t interval with
-              SE^2 = SD^2 over seeds / seeds + variance over resampled documents, and the degrees of
-              freedom of such a sum                                            (Satterthwaite 1946)
+    paired    by how much one loss is above another, over documents and seeds: its half width is
+              sqrt(t(S - 1)^2 SD^2 / S + t(K - 1)^2 V), SD over seeds, V the variance over resampled
+              documents. Degrees of freedom estimated for the sum would make it too narrow for few seeds.
 
-A source is what comes together or not at all: a document, an article with all its passages. Letters: S
+A source is drawn anew as a whole: a document, or an article with all its passages. Letters: S
 seeds, K sources, R resamples.
 """
 
@@ -71,11 +71,8 @@ def paired(losses_SK: Array, others_SK: Array, tokens_K: Array) -> Estimate:
         return over_documents
     by_seed = float((apart_SK.sum(1) / tokens_K.sum()).var(ddof=1) / seeds)
     by_document = float(_resampled(apart_SK.mean(0), tokens_K).var())
-    variance = by_seed + by_document
-    if variance == 0:
-        return Estimate(over_documents.value, over_documents.value, over_documents.value)
-    freedom = variance**2 / (by_seed**2 / (seeds - 1) + by_document**2 / (documents - 1))
-    half = float(t.ppf(0.975, freedom)) * variance**0.5
+    of_seeds, of_documents = (float(t.ppf(0.975, count - 1)) for count in (seeds, documents))
+    half = (of_seeds**2 * by_seed + of_documents**2 * by_document) ** 0.5
     return Estimate(over_documents.value, over_documents.value - half, over_documents.value + half)
 
 

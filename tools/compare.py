@@ -41,19 +41,20 @@ def main() -> int:
     parser.add_argument(
         "--deepspeed", type=Path, default=zero0, metavar="JSON", help="(zero0.json)"
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="cells and tables")
+    parser.add_argument("--out", type=Path, help="cells and tables (runs/compare; finished: none)")
     parser.add_argument("--train-in", type=Path, metavar="DIR", help="folder of the runs (--out)")
     return cli.run(parser.parse_args(), command, show)
 
 
 def command(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train what is missing, then compare."""
-    out: Path = arguments.out
+    out: Path | None = arguments.out
     if arguments.cells is not None:
         cells = [read_cell(path) for path in arguments.cells]
     elif arguments.runs is not None:
         cells = [cell_of_run(path) for path in arguments.runs]
     else:
+        out = out or Path("runs/compare")
         asked = (arguments.set, arguments.seeds)
         script = ROOT / "launch" / "train.py"
         launch = Launch(script, arguments.deepspeed, arguments.processes, arguments.jobs)
@@ -64,7 +65,8 @@ def command(arguments: argparse.Namespace) -> dict[str, Any]:
             launch, out, arguments.train_in or out, arguments.matched,
         )  # fmt: skip
     result = compare(cells, arguments.against, arguments.matched)
-    write_tables(result, cells, draw_comparison, out)
+    if out is not None:
+        write_tables(result, cells, draw_comparison, out)
     return result
 
 

@@ -135,8 +135,10 @@ def claim(run: RunDir) -> Iterator[None]:
 
 
 def refuse_overwriting(run: RunDir) -> None:
-    """A new run must not bury an old one; what failed before its first checkpoint is no run yet."""
-    if any(run.checkpoints.glob("*/manifest.json")) or run.summary_file.exists():
+    """A new run must not bury an old one; what failed before its first checkpoint is no run yet, though
+    an evaluation may have left its best weights."""
+    manifests = run.checkpoints.glob("*/manifest.json")
+    if any(path.parent.name.isdigit() for path in manifests) or run.summary_file.exists():
         raise ConfigError(f"{run.path} already holds a run; use --resume, or another --run")
 
 

@@ -9,9 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
+from commands import ROOT
 from sra_ds.analysis.plots import draw_comparison
 from sra_ds.config import load_recipe
+from sra_ds.config.loading import validate
 from sra_ds.errors import ConfigError, DataError, TrainingError
 from sra_ds.evaluation.compare.budgets import Budget, apart, budget, require_matched
 from sra_ds.evaluation.compare.cells import cells_of
@@ -23,9 +26,10 @@ from sra_ds.evaluation.compare.finished import (
     read_cell,
     write_cell,
 )
+from sra_ds.evaluation.compare.settings import first_difference, portable
 from sra_ds.evaluation.compare.tables import compare, markdown, write_tables
 from sra_ds.evaluation.compare.training import Launch, _command, train_cells
-from sra_ds.storage.run_dir import RunDir
+from sra_ds.storage.run_dir import RunDir, refuse_overwriting
 
 TOKENS = (30, 50, 20, 100)
 RECIPE = """
@@ -35,6 +39,7 @@ data: {source: docstrings, tokenizer: {vocab_size: 300}}
 model: {width: 16, layers: 1, mixer: {heads: 2}, channel: {kind: dense, feed_forward: {hidden: 16}}}
 training: {steps: 1, batch_size: 1}
 """
+STRIDE = portable(validate({**yaml.safe_load(RECIPE), "name": "a", "evaluation": {"stride": 16}}))
 TRAINER = """
 import json, os, sys, time
 from pathlib import Path
@@ -74,7 +79,7 @@ def cell(recipe: str, seed: int, nats: float = 5.0, **others: Any) -> FinishedCe
         "recipe": recipe,
         "seed": seed,
         "run": f"runs/{recipe}-{seed}",
-        "settings": {},
+        "settings": portable(validate({**yaml.safe_load(RECIPE), "name": recipe})),
         "token_perplexity": float(np.exp(per_token)),
         "word_perplexity": 900.0,
         "bits_per_byte": 1.5,
@@ -159,6 +164,13 @@ def test_the_reference_is_the_first_or_the_one_named() -> None:
         ({"corpus_fingerprint": "g"}, DataError, "trained on different text"),
         ({"tokens": 2000}, ConfigError, "saw different numbers of tokens"),
         ({"recipe": "a", "run": "elsewhere"}, ConfigError, "are both a with seed 0"),
+        ({"document_tokens": (30, 50, 20, 99)}, DataError, "scored on different documents"),
+        ({"settings": STRIDE}, ConfigError, "evaluation.stride differs"),
+        (
+            {"recipe": "a", "seed": 1, "settings": STRIDE},
+            ConfigError,
+            "both a, but evaluation.stride",
+        ),
     ],
 )
 def test_what_cannot_be_compared_is_refused(others: Any, error: type, says: str) -> None:
@@ -279,7 +291,7 @@ def test_a_failed_cell_stops_the_others_and_keeps_what_is_finished(
     recipe: str, launch: Launch, tmp_path: Path, jobs: int
 ) -> None:
     asked = cells_of([recipe], [], [0, 13, 1, 2, 3])
-    with pytest.raises(TrainingError, match=r"tiny-s13 did not finish \(exit 3\); call again"):
+    with pytest.raises(TrainingError, match=r"tiny-s13 did not finish \(exit 3\)"):
         train_cells(asked, launch._replace(jobs=jobs), tmp_path / "out", tmp_path / "runs")
     assert cell_file(tmp_path / "out", "tiny-s0").is_file()
     assert not (tmp_path / "runs" / f"tiny-s{3 - (jobs == 1) * 2}").exists()
@@ -321,33 +333,73 @@ def test_several_processes_are_started_by_torchrun(recipe: str, launch: Launch) 
     assert command[:8] == [*start, "--nproc-per-node", "2", "--", str(launch.script)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_run_goes_on_from_a_checkpoint_and_not_from_its_best_weights(
+    recipe: str, launch: Launch, tmp_path: Path
+) -> None:
+    (own,) = cells_of([recipe], [], [0])
+    run = RunDir(tmp_path / "r")
+    for name, resumes in (("best-5", False), ("4", True)):
+        (run.checkpoints / name).mkdir(parents=True)
+        (run.checkpoints / name / "manifest.json").touch()
+        assert ("--resume" in _command(own, run, launch)) == resumes
+        if not resumes:
+            refuse_overwriting(run)
+    with pytest.raises(ConfigError, match="already holds a run"):
+        refuse_overwriting(run)
+
+
+def test_an_infinite_perplexity_is_kept(tmp_path: Path) -> None:
+    own = cell("a", 0, token_perplexity=float("inf"))
+    write_cell(own, tmp_path)
+    assert read_cell(cell_file(tmp_path, own.name)) == own
+
+
+@pytest.mark.parametrize("folder", ["moe-family", "spectral"])
+def test_committed_cells_make_their_tables_again(folder: str) -> None:
+    here = ROOT / "docs" / "results" / folder
+    known = json.loads((here / "comparison.json").read_text())
+    order = [row["recipe"] for row in known["rows"]]
+    own = [read_cell(path) for path in sorted(here.glob("cell-*.json"))]
+    own.sort(key=lambda one: (one.seed, order.index(one.recipe)))
+    result = json.loads(json.dumps(compare(own)))
+    assert result["rows"] == known["rows"] and result["differences"] == known["differences"]
+    assert markdown(result) == (here / "comparison.md").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_runs_are_told_to_stop_and_none_begins_after(
     recipe: str, launch: Launch, tmp_path: Path, number: int
 ) -> None:
     launch.script.write_text(
         "import os, signal, sys, time\n"
         "os.makedirs(sys.argv[sys.argv.index('--run') + 1])\n"
-        f"signal.signal({int(number)}, lambda *_: sys.exit(0))\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n"
         f"os.kill(os.getppid(), {int(number)})\n"
         "time.sleep(60)\n"
     )
-    with pytest.raises(TrainingError, match=r"tiny-s0 did not finish \(exit 0\); call again"):
+    before = signal.getsignal(number)
+    with pytest.raises(TrainingError, match=r"tiny-s0 did not finish \(exit 0\)"):
         asked = cells_of([recipe], [], [0, 1])
         train_cells(asked, launch, tmp_path / "out", tmp_path / "runs")
-    assert signal.getsignal(number) == signal.SIG_DFL
+    assert signal.getsignal(number) == before
     assert not (tmp_path / "runs" / "tiny-s1").exists()
 
 
 def test_a_cell_keeps_the_settings_of_its_run(recipe: str, launch: Launch, tmp_path: Path) -> None:
-    asked = ["data.directory=here/prepared", "data.tokenizer.file=there/tokenizer.json"]
+    asked = ["data.directory=there/prepared", "data.tokenizer.file=there/tokenizer.json"]
     (own,) = train_cells(
         cells_of([recipe], asked, [4]), launch, tmp_path / "out", tmp_path / "runs"
     )
     assert own.settings["data"]["directory"] == "prepared"
     assert "there" not in own.model_dump_json(exclude={"run"})
     write_cell(own, tmp_path)
-    known = read_cell(cell_file(tmp_path, own.name))
+    known = read_cell(cell_file(tmp_path, own.name)).settings
     elsewhere = ["data.directory=/x/prepared", "data.tokenizer.file=tokenizer.json"]
-    assert known.is_of(load_recipe(recipe, [*elsewhere, "training.seed=4"]))
-    assert not known.is_of(load_recipe(recipe, [*elsewhere, "training.seed=5"]))
+    same, other = (
+        portable(load_recipe(recipe, [*elsewhere, f"training.seed={seed}"])) for seed in (4, 5)
+    )
+    assert first_difference(known, same) is None
+    assert first_difference(known, other) == "training.seed: 4 there, 5 here"
+    assert first_difference(known, other, ["training.seed"]) is None
+    older = {**known, "model": {k: v for k, v in known["model"].items() if k != "memory"}}
+    assert first_difference(older, same) is None, "what came later has its default"

@@ -110,11 +110,11 @@ def test_parity_does_not_go_on_from_a_run_that_was_stopped(start):
 
 
 def test_the_reproduction_asks_for_one_comparison(start):
-    common = "--seeds {} --deepspeed ds_configs/zero2.json --out {}"
+    common = "--seeds {} --matched active --deepspeed ds_configs/zero2.json --out {}"
     called = f"python tools/compare.py --recipes sra-128e stdmoe-128e dense-29m {common}"
     code, calls = start("reproduce_sra_128e.sh")
     assert code == 0 and calls == [called.format(19, "runs/reproduce")]
-    asked = ("--jobs", "3", "training.steps=20", "model.layers=1")
+    asked = ("--jobs", "3", "--set", "training.steps=20", "model.layers=1")
     code, calls = start("reproduce_sra_128e.sh", *asked, SEEDS="0,1", OUT="here", DATA="texts")
     overrides = "--set data.path=texts training.steps=20 model.layers=1 --jobs 3"
     assert code == 0 and calls == [f"{called.format('0,1', 'here')} {overrides}"]

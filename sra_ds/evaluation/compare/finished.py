@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from sra_ds.config import Recipe
-from sra_ds.config.loading import validate
 from sra_ds.errors import ConfigError, DataError
 from sra_ds.evaluation.compare.budgets import Budget, budget
 from sra_ds.evaluation.compare.cells import name_of
+from sra_ds.evaluation.compare.settings import portable
 from sra_ds.evaluation.experts import last_specialisation
 from sra_ds.evaluation.perplexity import exp_or_infinity
 from sra_ds.intervals import Array
@@ -33,7 +32,7 @@ class Health(BaseModel):
 class Point(BaseModel):
     """An evaluation during training."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
     step: int
     epoch: float
     token_perplexity: float
@@ -46,7 +45,7 @@ class Point(BaseModel):
 class FinishedCell(BaseModel):
     """One run: settings, what it cost, and what it came to on the whole validation split."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
     recipe: str
     seed: int
     run: str
@@ -69,7 +68,7 @@ class FinishedCell(BaseModel):
     tokens: int
     """Seen in training."""
     seconds: float
-    """In training, evaluations included."""
+    """Of its training steps."""
     tokens_per_second: float
     peak_memory_bytes: int | None
     """Of the first process (of its GPU, if it has one)."""
@@ -84,10 +83,6 @@ class FinishedCell(BaseModel):
     def name(self) -> str:
         """What its file is called, between `cell-` and `.json`."""
         return name_of(self.recipe, self.seed)
-
-    def is_of(self, recipe: Recipe) -> bool:
-        """Whether it was trained with this recipe, wherever the data were."""
-        return validate(self.settings) == _portable(recipe)
 
     def losses(self) -> tuple[Array, Array]:
         """Nats and tokens of each validation document."""
@@ -113,19 +108,6 @@ def read_cell(path: Path) -> FinishedCell:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise DataError(f"{path}: not a finished cell ({where}: {first['msg']})") from None
-
-
-def _portable(recipe: Recipe) -> Recipe:
-    """With the names alone of files and folders, whose places differ from machine to machine."""
-
-    def named(value: Any) -> Any:
-        if isinstance(value, Path):
-            return Path(value.name)
-        if isinstance(value, dict):
-            return {key: named(own) for key, own in value.items()}
-        return [named(own) for own in value] if isinstance(value, (list, tuple)) else value
-
-    return validate(named(recipe.model_dump()))
 
 
 def _curve(metrics: Sequence[dict[str, Any]]) -> tuple[Point, ...]:
@@ -174,7 +156,7 @@ def cell_of_run(path: Path) -> FinishedCell:
         recipe=recipe.name,
         seed=recipe.training.seed,
         run=str(path),
-        settings=_portable(recipe).model_dump(mode="json"),
+        settings=portable(recipe),
         **{name: summary["validation"][name] for name in figures},
         document_nll=tuple(round(float(nats), 6) for nats in nll),
         document_tokens=tuple(map(int, tokens)),

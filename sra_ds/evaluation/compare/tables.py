@@ -1,7 +1,8 @@
 """What finished cells say: a row a recipe, and by how much each differs from the first.
 
 A difference is paired by seed and document and has one 95 % interval, over new seeds and new documents
-together (`sra_ds.intervals.paired`). Words are said where it excludes zero, and of several seeds alone.
+together (`sra_ds.intervals.paired`). Which of two recipes is better is said where it excludes zero and
+there is more than one seed.
 """
 
 import csv
@@ -17,11 +18,19 @@ import numpy as np
 from sra_ds.errors import ConfigError, DataError
 from sra_ds.evaluation.compare.budgets import apart, require_matched
 from sra_ds.evaluation.compare.finished import FinishedCell, Point, write_cell
+from sra_ds.evaluation.compare.settings import first_difference
 from sra_ds.intervals import Array, Estimate, paired
 from sra_ds.storage.run_dir import write_atomically
 
+MAY_DIFFER = (
+    "description", "training.seed", "training.micro_batch_size", "data.directory", "checkpoint",
+    "logging", "parallel",
+)  # fmt: skip
+"""Between runs of one recipe."""
 LONG = {"settings", "document_nll", "document_tokens", "budget", "experts", "curve"}
 """Of a cell, not in tables."""
+MANY = 5
+"""Differences from which on chance is spoken of."""
 Row = dict[str, Any]
 
 
@@ -54,7 +63,7 @@ COST: dict[str, Callable[[Row], str]] = {
     "active": lambda row: f"{row['active'] / 1e6:.2f} M",
     "MFLOP a token": lambda row: f"{row['flops'] / 1e6:.1f}",
     "tokens/s": _mean("tokens_per_second", ",.0f"),
-    "minutes": _mean("seconds", ".1f", 60),
+    "minutes of steps": _mean("seconds", ".1f", 60),
     "memory, GB": _mean("peak_memory_bytes", ".2f", 1e9),
 }
 PROGRESS: dict[str, Callable[[Row], str]] = {
@@ -62,8 +71,8 @@ PROGRESS: dict[str, Callable[[Row], str]] = {
     "step": lambda row: f"{row['step']:,}",
     "epoch": lambda row: f"{row['epoch']:.2f}",
     "token perplexity": lambda row: f"{row['token_perplexity']:.2f}",
-    "legacy, padding counted": lambda row: _or_dash(row["legacy_sra_perplexity"]),
-    "legacy, were padding free": lambda row: _or_dash(
+    "legacy, padding scored": lambda row: _or_dash(row["legacy_sra_perplexity"]),
+    "legacy, padding at no cost": lambda row: _or_dash(
         row["legacy_sra_perplexity_if_padding_were_free"]
     ),
 }
@@ -83,7 +92,7 @@ def compare(
     for seed in {cell.seed for cell in cells}:  # documents fill budgets differently by seed
         own = [cell for cell in cells if cell.seed == seed]
         _require_equal(own, "tokens", ConfigError, "saw different numbers of tokens")
-    _require_distinct(cells)
+    _require_comparable(cells)
     by_recipe = {
         name: sorted((cell for cell in cells if cell.recipe == name), key=lambda cell: cell.seed)
         for name in dict.fromkeys(cell.recipe for cell in cells)
@@ -164,8 +173,14 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         *(f"* {_sentence(difference)}" for difference in result["differences"]),
     ]
+    if (count := len(result["differences"])) >= MANY:
+        lines += ["", f"Of {count} intervals of equal recipes {count / 20:.1f} would exclude zero."]
     if len(result["progress"]) > len(result["rows"]):
-        lines += ["", "While training (each recipe's own documents, the same at every step):", ""]
+        lines += [
+            "",
+            "While training, over the documents that every evaluation of a run scores:",
+            "",
+        ]
         lines += _table(PROGRESS, result["progress"])
     return "\n".join(lines).rstrip() + "\n"
 
@@ -249,15 +264,27 @@ def _or_dash(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
-def _require_distinct(cells: Sequence[FinishedCell]) -> None:
-    owners: dict[str, str] = {}
+def _require_comparable(cells: Sequence[FinishedCell]) -> None:
+    """One cell for each recipe and seed, of equal settings but for the seed; scored alike."""
+    known: dict[str, FinishedCell] = {}
+    recipes: dict[str, FinishedCell] = {}
     for cell in cells:
-        other = owners.setdefault(cell.name, cell.run)
-        if other != cell.run:
+        other = known.setdefault(cell.name, cell)
+        if other is not cell:
             raise ConfigError(
-                f"{other} and {cell.run} are both {cell.recipe} with seed {cell.seed}; give "
+                f"{other.run} and {cell.run} are both {cell.recipe} with seed {cell.seed}; give "
                 "variants a name of their own (name=...)"
             )
+        same = recipes.setdefault(cell.recipe, cell)
+        key = first_difference(cell.settings, same.settings, MAY_DIFFER)
+        if key is not None:
+            raise ConfigError(f"{cell.run} and {same.run} are both {cell.recipe}, but {key}")
+    for name in ("data.sequence_length", "evaluation.stride"):
+        part, key = name.split(".")
+        values = {cell.settings[part][key]: cell.run for cell in cells}
+        if len(values) > 1:
+            raise ConfigError(f"{name} differs, and with it what a perplexity means: {values}")
+    _require_equal(cells, "document_tokens", DataError, "were scored on different documents")
 
 
 def _require_equal(

@@ -1,7 +1,7 @@
 """Train the cells of a comparison, one run each, several at a time if asked to.
 
 A finished cell is written at once; one that is there is not trained again, and one that was interrupted
-goes on from its last checkpoint. Signals to stop are passed on to the runs, which save and leave.
+goes on from its last checkpoint. Runs are told to stop as the comparison is: they save and leave.
 """
 
 import os
@@ -14,7 +14,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from queue import SimpleQueue
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -29,7 +29,11 @@ from sra_ds.evaluation.compare.finished import (
     read_cell,
     write_cell,
 )
+from sra_ds.evaluation.compare.settings import first_difference, portable
+from sra_ds.storage.checkpoint import candidates
 from sra_ds.storage.run_dir import RunDir
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Launch(NamedTuple):
@@ -79,7 +83,7 @@ def train_cells(
     finished = [one for one in found.values() if one is not None]
     if len(finished) < len(cells):
         raise TrainingError(
-            f"stopped with {len(finished)} of {len(cells)} cells; call again to go on"
+            f"stopped with {len(finished)} of {len(cells)} cells; the same command goes on"
         )
     return finished
 
@@ -103,19 +107,31 @@ def _require_gpus(launch: Launch) -> None:
 def _found(cell: Cell, out: Path, runs: Path) -> FinishedCell | None:
     """The cell if it is finished. Raises `ConfigError` for one of other settings under its name."""
     file, run = cell_file(out, cell.name), RunDir(runs / cell.name)
-    finished = read_cell(file) if file.is_file() else None
-    if finished is not None and not finished.is_of(cell.recipe):
-        raise ConfigError(f"{file} is of other settings; choose another --out or delete it")
-    if run.recipe_file.is_file() and run.recipe() != cell.recipe:
-        raise ConfigError(f"{run.path} is of other settings; choose another --out or delete it")
-    if finished is None and run.summary_file.is_file():
-        finished = cell_of_run(run.path)
-        write_cell(finished, out)
+    if file.is_file():
+        finished = read_cell(file)
+        _require_same(file, finished.settings, cell)
+        return finished
+    if run.recipe_file.is_file():
+        _require_same(run.path, portable(run.recipe()), cell)
+    if not run.summary_file.is_file():
+        return None
+    finished = cell_of_run(run.path)
+    write_cell(finished, out)
     return finished
 
 
+def _require_same(path: Path, settings: dict[str, Any], cell: Cell) -> None:
+    """Raise `ConfigError`, naming the first key that is another."""
+    asked = portable(cell.recipe)
+    key = first_difference(settings, asked)
+    if key is not None:
+        raise ConfigError(
+            f"{path} is of other settings ({key}); choose another --out, or a name of its own (name=...)"
+        )
+
+
 class _Jobs:
-    """Runs that are being trained; after the first that did not end, or a signal, no other one begins."""
+    """Runs that are being trained; when one did not end, or after a signal, no other one begins."""
 
     def __init__(self, launch: Launch, runs: Path) -> None:
         self.launch, self.runs = launch, runs
@@ -127,14 +143,15 @@ class _Jobs:
 
     @contextmanager
     def signals_passed_on(self) -> Iterator[None]:
-        """To the runs, whose end is then that of the comparison. A terminal sends them Ctrl-C itself."""
+        """To the runs, whose end is then that of the comparison; as SIGTERM, which torchrun knows, too. A
+        terminal sends them Ctrl-C itself: the second of two signals changes nothing."""
 
-        def pass_on(number: int, _: object) -> None:
+        def pass_on(*_: object) -> None:
             self.over.set()
             for process in list(self.running):
-                process.send_signal(number)
+                process.terminate()
 
-        before = {one: signal.signal(one, pass_on) for one in (signal.SIGTERM, signal.SIGUSR1)}
+        before = {one: signal.signal(one, pass_on) for one in SIGNALS}
         try:
             yield
         finally:
@@ -150,9 +167,10 @@ class _Jobs:
             code = self._call(cell, run, place)
             if code or not run.summary_file.is_file():
                 self.over.set()
-                raise TrainingError(
-                    f"cell {run.path} did not finish (exit {code}); call again to go on"
-                )
+                said = "" if self.launch.jobs == 1 else f": {_log_of(run)} says why"
+                problem = f"cell {run.path} did not finish (exit {code}){said}"
+                tqdm.write(problem, file=sys.stderr)  # other runs may take hours to end
+                raise TrainingError(f"{problem}; the same command goes on")
         finally:
             self.places.put(place)
         return cell_of_run(run.path)
@@ -160,17 +178,22 @@ class _Jobs:
     def _call(self, cell: Cell, run: RunDir, place: int) -> int:
         """Exit code. One run at a time shows what it says, of several each has a file."""
         run.path.parent.mkdir(parents=True, exist_ok=True)
-        log = run.path.with_name(f"{run.path.name}.log")
-        with nullcontext(sys.stderr) if self.launch.jobs == 1 else log.open("a") as stream:
+        with nullcontext(sys.stderr) if self.launch.jobs == 1 else _log_of(run).open("a") as stream:
             process = subprocess.Popen(
                 _command(cell, run, self.launch),
                 stdout=stream, stderr=stream, env=_environment(self.launch, place),
             )  # fmt: skip
             self.running.add(process)
+            if self.over.is_set():  # a signal that came while it was started
+                process.terminate()
             try:
                 return process.wait()
             finally:
                 self.running.discard(process)
+
+
+def _log_of(run: RunDir) -> Path:
+    return run.path.with_name(f"{run.path.name}.log")
 
 
 def _command(cell: Cell, run: RunDir, launch: Launch) -> list[str]:
@@ -179,7 +202,7 @@ def _command(cell: Cell, run: RunDir, launch: Launch) -> list[str]:
         command += ["-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", str(launch.processes), "--"]
     command += [str(launch.script), "--deepspeed", str(launch.deepspeed), "--run", str(run.path)]
-    if (run.checkpoints / "latest").is_file():
+    if candidates(run.checkpoints):
         return [*command, "--resume"]
     return [*command, "--recipe", cell.source, *cell.overrides]
 
