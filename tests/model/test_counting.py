@@ -51,6 +51,7 @@ FEED_FORWARDS = {
     "resonance-blocks": (3 * LIVE, 3 * LIVE, 0),
     "spectral": (GELU, GELU, 0),
     "spectral-hybrid": (EXPERTS * GELU, TOP_K * GELU, EXPERTS * WIDTH + 1),
+    "spectral-choice": (GELU, GELU, 0),
     "spectral-controls": (GELU, GELU, 0),
 }
 TABLE, SUBSPACES = 24, 2 * (3 + 5)
@@ -81,6 +82,7 @@ MIXERS = {
     "resonance-blocks": ATTENTION + RETRIEVAL,
     "spectral": (WIDTH + 1) * 3 * WIDTH + OUT + 4,  # gates of 3 bands, and 4 learned taps
     "spectral-hybrid": ATTENTION + (WIDTH + 1) * 4,
+    "spectral-choice": (WIDTH + 1) * 3 * WIDTH + OUT + 2,  # and logits of 2 families
     "spectral-controls": 8 * WIDTH + 2 * OUT,
 }
 NORMS = 4 * WIDTH * LAYERS + 2 * WIDTH
@@ -154,6 +156,8 @@ def test_t12_flops_are_six_per_active_weight_and_half_the_attention_square(
         expected += 2 * 6 * 2 * WAVES * WIDTH
     elif family == "spectral":  # two levels of 4 taps
         expected += LAYERS * 6 * 4 * 2 * WIDTH + 2 * 4 * 2 * WAVES * WIDTH
+    elif family == "spectral-choice":
+        expected += LAYERS * 6 * 4 * 2 * WIDTH
     elif family != "spectral-controls":
         expected += attention
     if family.startswith("resonance"):  # 3 iterations, whose retrieval map is used twice
