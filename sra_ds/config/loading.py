@@ -184,7 +184,11 @@ def _read_yaml(name_or_file: str) -> Tree:
 
 def _explain(error: ValidationError) -> str:
     lines = []
-    for item in error.errors(include_url=False):
+    found = error.errors(include_url=False)
+    for item in found:
+        own = item["loc"]
+        if any(len(own) < len(other["loc"]) and other["loc"][: len(own)] == own for other in found):
+            continue  # a whole that lacks the part that is wrong
         path, owners = _locate(item["loc"])
         where = ".".join(path) or "recipe"
         if item["type"] == "extra_forbidden":

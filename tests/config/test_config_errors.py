@@ -71,6 +71,10 @@ BAD_OVERRIDES = {
         "recipe: model.mixer.levels=3 with families=['dmey'] sees 428 positions, more than "
         "data.sequence_length=32; take fewer levels or a shorter filter"
     ),
+    "model.mixer={kind: wavelet, families: [db99]}": (
+        "model.mixer.families.0: Input should be 'haar', 'db2', 'db3', 'db4', 'db6', 'db8', 'sym4', "
+        "'sym6', 'sym8', 'coif1', 'coif2' or 'dmey' (got 'db99')"
+    ),
     "model.embedding={kind: spectral, harmonics: 500}": (
         "model: embedding.harmonics=500: width=16 has room for at most 7 waves (width / 2 - 1)"
     ),
