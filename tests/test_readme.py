@@ -22,6 +22,7 @@ COMMANDS = commands(README)
 RESONANCE = commands((ROOT / "docs" / "resonance.md").read_text("utf-8"))
 MOE_FAMILY = commands((ROOT / "docs" / "moe-family.md").read_text("utf-8"))
 SRA = commands((ROOT / "docs" / "sra.md").read_text("utf-8"))
+TUTORIAL = commands((ROOT / "docs" / "tutorial.md").read_text("utf-8"))
 SPECTRAL = commands((ROOT / "docs" / "spectral.md").read_text("utf-8"))
 RESONANT = (
     "model.mixer={kind: resonance, heads: 2}",
@@ -68,6 +69,19 @@ def test_a_command_of_the_resonance_page_works(resonant_run, command, tmp_path):
 @pytest.mark.parametrize("command", [*SRA, *MOE_FAMILY, *SPECTRAL])
 def test_a_command_of_the_pages_of_families_works(command, tmp_path):
     require_success(tmp_path / "run", command, tmp_path)
+
+
+def test_the_tutorial_works_from_its_start_to_its_end(run, tmp_path):
+    """In its order, each command with what the ones before have left, on a tiny recipe."""
+    recipe, own = run.parent / "tiny.yaml", tmp_path / "run"
+    for command in TUTORIAL:
+        words = command.replace("$RUN", str(own)).replace("$OUT", str(tmp_path / "card"))
+        words = shlex.split(words.replace("--recipe quickstart", f"--recipe {recipe}"))
+        words[0] = sys.executable if words[0] == "python" else str(BIN / words[0])
+        result = call(*words, cwd=ROOT)
+        assert result.returncode == 0, (command, result.stderr)
+    assert (own / "report.html").is_file()
+    assert {path.name for path in tmp_path.iterdir()} >= {"run", "card.html", "card.json"}
 
 
 def require_success(run, command, tmp_path):
