@@ -9,7 +9,7 @@ A source is drawn anew as a whole: a document, or an article with all its passag
 seeds, K sources, R resamples.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,10 +29,12 @@ class Estimate(NamedTuple):
 
     def as_dict(self) -> dict[str, float | None]:
         """For JSON, which has no NaN."""
-        return {
-            name: float(value) if np.isfinite(value) else None
-            for name, value in self._asdict().items()
-        }
+        return without_nan(self._asdict())
+
+
+def without_nan(values: Mapping[str, float]) -> dict[str, float | None]:
+    """None for what is not finite."""
+    return {name: float(value) if np.isfinite(value) else None for name, value in values.items()}
 
 
 def mean(values: Sequence[float], sources: Sequence[int]) -> Estimate:
@@ -66,22 +68,20 @@ def paired(losses_SK: Array, others_SK: Array, tokens_K: Array) -> Estimate:
     above the second. One seed says nothing of others: its interval is over documents alone."""
     apart_SK = np.asarray(losses_SK, np.float64) - np.asarray(others_SK, np.float64)
     seeds, documents = apart_SK.shape
-    over_documents = share(apart_SK.mean(0), tokens_K)
     if seeds < 2 or documents < 2:
-        return over_documents
+        return share(apart_SK.mean(0), tokens_K)
+    value = float(apart_SK.mean(0).sum() / tokens_K.sum())
     by_seed = float((apart_SK.sum(1) / tokens_K.sum()).var(ddof=1) / seeds)
     by_document = float(_resampled(apart_SK.mean(0), tokens_K).var())
     of_seeds, of_documents = (float(t.ppf(0.975, count - 1)) for count in (seeds, documents))
     half = (of_seeds**2 * by_seed + of_documents**2 * by_document) ** 0.5
-    return Estimate(over_documents.value, over_documents.value - half, over_documents.value + half)
+    return Estimate(value, value - half, value + half)
 
 
 def _resampled(above_K: Array, below_K: Array) -> NDArray[np.float64]:
     """The share in each resample of the sources that has anything below the line."""
     known = len(below_K)
     counts_RK = np.random.default_rng(0).multinomial(known, np.full(known, 1 / known), RESAMPLES)
-    drawn_R = counts_RK @ below_K > 0
-    resampled_R: NDArray[np.float64] = (counts_RK @ above_K)[drawn_R] / (counts_RK @ below_K)[
-        drawn_R
-    ]
+    counts_RK = counts_RK[counts_RK @ below_K > 0]
+    resampled_R: NDArray[np.float64] = (counts_RK @ above_K) / (counts_RK @ below_K)
     return resampled_R

@@ -27,11 +27,9 @@ def main() -> int:
     parser.add_argument("--text", type=Path, help="score a file or folder instead of the split")
     parser.set_defaults(**USUAL)
     parser.add_argument("--stride", type=cli.at_least(0), help="targets a window (0: all)")
-    parser.add_argument("--batch-size", type=cli.at_least(1), help="windows at a time (16)")
+    parser.add_argument("--batch-size", type=cli.at_least(1), help="windows at a time")
     parser.add_argument("--legacy-sra", action="store_true", help="also the published PAD protocol")
-    parser.add_argument(
-        "--health-tokens", type=cli.at_least(0), help="for dead experts; 0: skip (1000000)"
-    )
+    parser.add_argument("--health-tokens", type=cli.at_least(0), help="for dead experts; 0: skip")
     parser.add_argument(
         "--dynamic", action="store_true", help="also while a persistent memory is written on"
     )

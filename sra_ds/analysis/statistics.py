@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from sra_ds.intervals import without_nan
+
 BLOCKS = 20
 """Parts of the traced text, by documents, that a bootstrap draws from."""
 RESAMPLES = 100
@@ -41,10 +43,7 @@ class Measured(NamedTuple):
 
     def as_dict(self) -> dict[str, float | None]:
         """For JSON, which has no NaN."""
-        return {
-            name: float(value) if np.isfinite(value) else None
-            for name, value in self._asdict().items()
-        }
+        return without_nan(self._asdict())
 
 
 def measured(

@@ -1,9 +1,10 @@
 """Whether and from where a run can go on, decided before anything is touched."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sra_ds.config import Recipe
+from sra_ds.config.difference import first_difference
 from sra_ds.errors import ConfigError
 from sra_ds.storage import checkpoint
 from sra_ds.storage.run_dir import RunDir, read_json
@@ -51,18 +52,10 @@ def choose_checkpoint(run: RunDir, recipe: Recipe) -> Resumed:
 
 def require_same_run(before: Recipe, now: Recipe) -> None:
     """Raise `ConfigError` for the first key that may not change on resume."""
-    old, new = _leaves(before.model_dump(mode="json")), _leaves(now.model_dump(mode="json"))
-    for path in sorted(old.keys() | new.keys()):
-        if old.get(path) != new.get(path) and not path.startswith(MAY_CHANGE):
-            raise ConfigError(
-                f"{path}={new.get(path)} differs from the run's {old.get(path)}; a resumed run keeps "
-                "it: start a new run from its weights with --init-from"
-            )
-
-
-def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix.removesuffix("."): tree}
-    return {
-        k: v for key, value in tree.items() for k, v in _leaves(value, f"{prefix}{key}.").items()
-    }
+    old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
+    found = first_difference(old, new, MAY_CHANGE)
+    if found is not None:
+        raise ConfigError(
+            f"{found.path}={found.other} differs from the run's {found.one}; a resumed run keeps "
+            "it: start a new run from its weights with --init-from"
+        )

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sra_ds.config import Recipe
+from sra_ds.config import Recipe, difference
 from sra_ds.config.loading import validate
 
 
@@ -26,20 +26,8 @@ def portable(recipe: Recipe) -> dict[str, Any]:
 def first_difference(
     settings: dict[str, Any], others: dict[str, Any], but: Sequence[str] = ()
 ) -> str | None:
-    """Dotted path of the first key at which two `portable` recipes differ, with their values; `but` are
+    """The first key at which two `portable` recipes differ, with their values; `but` are beginnings of
     paths that may. A key that one lacks has its default there: it came with a later version."""
     known, other = (portable(validate(tree)) for tree in (settings, others))
-    return _first_difference(known, other, "", but)
-
-
-def _first_difference(one: Any, other: Any, path: str, but: Sequence[str]) -> str | None:
-    if path in but:
-        return None
-    if isinstance(one, dict) and isinstance(other, dict):
-        for key in dict.fromkeys((*one, *other)):
-            inner = f"{path}.{key}" if path else key
-            found = _first_difference(one.get(key), other.get(key), inner, but)
-            if found is not None:
-                return found
-        return None
-    return None if one == other else f"{path}: {one} there, {other} here"
+    found = difference.first_difference(known, other, tuple(but))
+    return None if found is None else f"{found.path}: {found.one} there, {found.other} here"

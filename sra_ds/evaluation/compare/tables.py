@@ -23,8 +23,8 @@ from sra_ds.intervals import Array, Estimate, paired
 from sra_ds.storage.run_dir import write_atomically
 
 MAY_DIFFER = (
-    "description", "training.seed", "training.micro_batch_size", "data.directory", "checkpoint",
-    "logging", "parallel",
+    "description", "training.seed", "training.micro_batch_size", "data.directory", "checkpoint.",
+    "logging.", "parallel.",
 )  # fmt: skip
 """Between runs of one recipe."""
 LONG = {"settings", "document_nll", "document_tokens", "budget", "experts", "curve"}
@@ -279,11 +279,12 @@ def _require_comparable(cells: Sequence[FinishedCell]) -> None:
         key = first_difference(cell.settings, same.settings, MAY_DIFFER)
         if key is not None:
             raise ConfigError(f"{cell.run} and {same.run} are both {cell.recipe}, but {key}")
-    for name in ("data.sequence_length", "evaluation.stride"):
-        part, key = name.split(".")
+    for part, key in (("data", "sequence_length"), ("evaluation", "stride")):
         values = {cell.settings[part][key]: cell.run for cell in cells}
         if len(values) > 1:
-            raise ConfigError(f"{name} differs, and with it what a perplexity means: {values}")
+            raise ConfigError(
+                f"{part}.{key} differs, and with it what a perplexity means: {values}"
+            )
     _require_equal(cells, "document_tokens", DataError, "were scored on different documents")
 
 

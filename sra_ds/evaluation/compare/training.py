@@ -58,8 +58,8 @@ def train_cells(
     have begun end first, none begins any more.
     """
     _require_own_names(cells)
-    budgets = {cell.recipe.name: budget(cell.recipe)[0] for cell in cells}
-    require_matched(budgets, matched)
+    recipes = {cell.recipe.name: cell.recipe for cell in cells}  # of any seed
+    require_matched({name: budget(recipe)[0] for name, recipe in recipes.items()}, matched)
     _require_gpus(launch)
     found = {cell.name: _found(cell, out, runs) for cell in cells}
     missing = [cell for cell in cells if found[cell.name] is None]
