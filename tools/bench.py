@@ -23,13 +23,13 @@ ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("0", "1", "2", "3")
 RECIPES = dict.fromkeys(("step", "backends", "scaling"), ("sra-small", "dense-small"))
 RECIPES |= {"memory": ("sra-128e",), "latency": ("spectral-8m", "spectral-8m-token")}
-KERNELS, PARTS = ("router", "router-grid", "experts"), ("mixer", "bands", "channel")
+ROUTERS, PARTS = ("router", "router-grid"), ("mixer", "bands", "channel")
 
 
 def main() -> int:
     """Parse and run."""
     parser = cli.parser(__doc__ or "")
-    parser.add_argument("what", choices=(*RECIPES, *KERNELS, *PARTS))
+    parser.add_argument("what", choices=(*RECIPES, *ROUTERS, "experts", *PARTS))
     parser.add_argument("--recipes", nargs="+", help="the recipe, then its dense twin")
     parser.add_argument("--batch", type=cli.at_least(1), help="windows a step, for backends")
     parser.add_argument("--stages", nargs="*", choices=STAGES, default=STAGES[:3], help="for step")
@@ -41,35 +41,35 @@ def main() -> int:
 
 def command(arguments: argparse.Namespace) -> dict[str, Any]:
     """Dispatch to the measurement."""
-    prepare_process()
-    from sra_ds.training import bench  # DeepSpeed reads the environment when it is imported
-    from sra_ds.training.kernel_bench import bench_kernels
-    from sra_ds.training.latency import bench_latency
-    from sra_ds.training.part_bench import bench_parts
-    from sra_ds.training.scaling import bench_scaling
+    prepare_process()  # before DeepSpeed is imported, which reads the environment
+    from sra_ds.benchmarks import backends, experts, latency, memory, parts, router, scaling, step
 
-    if arguments.what in (*KERNELS, *PARTS):
-        one = bench_kernels if arguments.what in KERNELS else bench_parts
-        return one(arguments.what, arguments.rounds)
-    names = arguments.recipes or RECIPES[arguments.what]
+    what, rounds = arguments.what, arguments.rounds
+    if what == "experts":
+        return experts.bench_experts(rounds)
+    if what in ROUTERS:
+        return router.bench_router(rounds, grid=what == "router-grid")
+    if what in PARTS:
+        return parts.bench_parts(what, rounds)
+    names = arguments.recipes or RECIPES[what]
     whole = ["training.precision=fp32", "training.micro_batch_size=0"]
-    if arguments.what == "memory":
+    if what == "memory":
         if not arguments.one:
-            return bench.in_fresh_processes(["--json", "--one"], ("torch", "2"))
+            return memory.in_fresh_processes(["--json", "--one"], ("torch", "2"))
         recipe = load_recipe(names[0], [*whole, f"training.batch_size={arguments.micro_batch}"])
         config = None if arguments.one == "torch" else ds_config(arguments.one)
-        return bench.peak_memory_of_one_step(recipe, config)
-    if arguments.what == "backends":
+        return memory.peak_memory_of_one_step(recipe, config)
+    if what == "backends":
         whole = [*whole[1:], *([f"training.batch_size={arguments.batch}"] * bool(arguments.batch))]
     recipes = [load_recipe(name, whole) for name in names]
-    if arguments.what == "backends":
-        return bench.bench_backends(*recipes[:2], ds_config("2"), arguments.rounds)
-    if arguments.what == "latency":
-        return bench_latency(recipes, arguments.rounds)
-    if arguments.what == "scaling":
-        return bench_scaling(recipes[0], ds_config("2"), arguments.rounds)
+    if what == "backends":
+        return backends.bench_backends(*recipes[:2], ds_config("2"), rounds)
+    if what == "latency":
+        return latency.bench_latency(recipes, rounds)
+    if what == "scaling":
+        return scaling.bench_scaling(recipes[0], ds_config("2"), rounds)
     stages = {f"zero{stage}": ds_config(stage) for stage in arguments.stages}
-    return bench.bench_step(recipes, stages, arguments.rounds)
+    return step.bench_step(recipes, stages, rounds)
 
 
 def ds_config(stage: str) -> dict[str, Any]:

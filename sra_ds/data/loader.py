@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sra_ds.config import Recipe
 from sra_ds.data.shards import TokenSplit
 from sra_ds.errors import DataError
 
@@ -30,6 +31,14 @@ class Batch(NamedTuple):
     def to(self, device: torch.device | str) -> "Batch":
         moved = [None if t is None else t.to(device, non_blocking=True) for t in self]
         return Batch(*moved)  # type: ignore[arg-type]
+
+
+def random_batch(recipe: Recipe, windows: int, step: int) -> Batch:
+    """Uniform random tokens, one document per window: for benchmarks and self-tests."""
+    shape = (windows, recipe.data.sequence_length)
+    generator = torch.Generator().manual_seed(step)
+    ids_BT = torch.randint(recipe.data.tokenizer.vocab_size, shape, generator=generator)
+    return Batch(ids_BT, ids_BT.roll(-1, 1), torch.zeros_like(ids_BT))
 
 
 class TrainingWindows:

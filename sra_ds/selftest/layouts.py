@@ -25,7 +25,7 @@ from torch.multiprocessing.spawn import spawn
 from tqdm import tqdm
 
 from sra_ds.config import Recipe, load_recipe
-from sra_ds.data.loader import Batch
+from sra_ds.data.loader import Batch, random_batch
 from sra_ds.inference.load import load_weights_into
 from sra_ds.model.language_model import build_model
 from sra_ds.moe.placement import BackendName, Placement
@@ -35,7 +35,6 @@ from sra_ds.planning.shapes import Layout, read_shapes
 from sra_ds.planning.zero import read_zero
 from sra_ds.selftest.collectives import CollectiveCounter, Sent, as_planned, together
 from sra_ds.storage import checkpoint
-from sra_ds.training.bench import random_batch
 from sra_ds.training.ds_config import merge_ds_config, plan_batches
 from sra_ds.training.engine import build_engine, build_optimizer
 from sra_ds.training.engine_state import EngineState, engine_state, restore_engine

@@ -8,8 +8,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import statistics
-import time
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -23,10 +22,11 @@ from sra_ds.moe.layer import build_backend
 from sra_ds.moe.placement import BackendName, Placement
 from sra_ds.moe.routing import Routing, route
 from sra_ds.storage.run_dir import write_atomically
+from sra_ds.timing import Work, in_turn, medians
 from sra_ds.training import environment
 from sra_ds.training.processes import from_first
 
-ROUNDS, WARM_UP = 7, 2
+ROUNDS = 7
 MAX_TOKENS = 8192
 
 
@@ -101,25 +101,16 @@ def _measure(
         layers[name] = layer.to_empty(device=device).to(dtype)
         for parameter in layers[name].parameters():
             torch.nn.init.normal_(parameter, std=0.02)
-    times: dict[BackendName, list[float]] = {name: [] for name in names}
-    for _ in range(ROUNDS + WARM_UP):
-        for name, layer in layers.items():
-            times[name].append(_time(layer, x_TD, routing))
-    return {name: 1e3 * statistics.median(values[WARM_UP:]) for name, values in times.items()}
+    works: dict[str, Work] = {
+        name: partial(_pass, layer, x_TD, routing) for name, layer in layers.items()
+    }
+    found = medians(in_turn(works, ROUNDS))
+    return {name: found[name] for name in names}
 
 
-def _time(layer: torch.nn.Module, x_TD: torch.Tensor, routing: Routing) -> float:
-    x_TD = x_TD.detach().requires_grad_()
-    _wait(x_TD.device)
-    start = time.perf_counter()
-    layer(x_TD, routing).float().sum().backward()
-    _wait(x_TD.device)
-    return time.perf_counter() - start
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _pass(layer: torch.nn.Module, x_TD: torch.Tensor, routing: Routing) -> None:
+    """Forward and backward."""
+    layer(x_TD.detach().requires_grad_(), routing).float().sum().backward()
 
 
 def _key(

@@ -27,7 +27,7 @@ from sra_ds.model.language_model import LanguageModel, ModelOutput
 from sra_ds.moe.routing import Routing
 from sra_ds.training.alarms import Alarm, Key, judge, rules
 from sra_ds.training.anchors import AnchorDrift
-from sra_ds.training.controllers import current_top_k
+from sra_ds.training.controllers.schedules import current_top_k
 from sra_ds.training.processes import mean_over_ranks
 
 BUCKETS = 32

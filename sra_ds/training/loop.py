@@ -29,13 +29,8 @@ from sra_ds.moe.routing import Routing
 from sra_ds.ops.precision import widened
 from sra_ds.storage import checkpoint
 from sra_ds.storage.run_dir import RunDir, read_json
-from sra_ds.training.controllers import (
-    Controller,
-    Event,
-    Seen,
-    current_top_k,
-    learning_rate,
-)
+from sra_ds.training.controllers.protocol import Controller, Event, Seen
+from sra_ds.training.controllers.schedules import current_top_k, learning_rate
 from sra_ds.training.ds_config import BatchPlan
 from sra_ds.training.engine import (
     ghost_learning_rates,

@@ -37,17 +37,14 @@ from sra_ds.storage.run_dir import (
 from sra_ds.training import environment
 from sra_ds.training.anchors import seed_anchors
 from sra_ds.training.backend_choice import settle_placement
-from sra_ds.training.controllers import Controller, build_controllers
+from sra_ds.training.controllers import build_controllers, build_engine_controllers
 from sra_ds.training.ds_config import zero_stage
 from sra_ds.training.engine import build_engine
 from sra_ds.training.engine_state import restore_engine
 from sra_ds.training.feed import build_feed
-from sra_ds.training.ghosts import build_ghost_keeper
 from sra_ds.training.loop import Trainer, Validate
 from sra_ds.training.processes import from_first, start_processes
-from sra_ds.training.remedies import build_remedies
 from sra_ds.training.resume import Resumed, choose_checkpoint
-from sra_ds.training.specialisation import Specialisation
 from sra_ds.workflow.report import report
 from sra_ds.workflow.resolve import Resolved
 
@@ -109,8 +106,12 @@ def _train(
         engine = _resumed_engine(model, resolved, resumed.folder)
     else:
         engine = _new_engine(model, resolved, corpus, windows, init_from)
-    untrained = resumed is None and init_from is None
-    controllers |= _engine_controllers(resolved, engine, windows, untrained)
+    controllers |= build_engine_controllers(
+        recipe,
+        engine,
+        lambda step: _common_batch(resolved, windows, step),
+        untrained=resumed is None and init_from is None,
+    )
     peak, _ = environment.peak_flops(resolved.device, resolved.dtype)
     feed = build_feed(recipe, corpus, batches, environment.rank())
     trainer = Trainer(
@@ -200,24 +201,6 @@ def _new_engine(
         batch = _common_batch(resolved, windows, 0)
         seed_anchors(engine.module, engine, batch, recipe.training.seed)
     return engine
-
-
-def _engine_controllers(
-    resolved: Resolved, engine: Any, windows: TrainingWindows, untrained: bool
-) -> dict[str, Controller]:
-    """The controllers that look at weights, or change them or their optimizer."""
-    recipe = resolved.recipe
-
-    def batch_of(step: int) -> Batch:
-        return _common_batch(resolved, windows, step)
-
-    controllers = {**build_remedies(recipe, engine, batch_of), **build_ghost_keeper(recipe, engine)}
-    if recipe.training.specialisation is not None:
-        watch = Specialisation(recipe, engine, batch_of)
-        if untrained:
-            watch.require_reachable()
-        controllers["specialisation"] = watch
-    return controllers
 
 
 def _common_batch(resolved: Resolved, windows: TrainingWindows, step: int) -> Batch:

@@ -16,7 +16,8 @@ from sra_ds.model.language_model import build_model
 from sra_ds.model.memories.fast import write_memories
 from sra_ds.model.memories.static import StaticMemory, slot_usage
 from sra_ds.ops.delta_rule import delta_rule_reference
-from sra_ds.training.controllers import Seen, build_controllers
+from sra_ds.training.controllers import build_controllers
+from sra_ds.training.controllers.protocol import Seen
 
 Builder = Callable[..., Recipe]
 STATIC = {"kind": "static", "slots": 8, "best": 3, "key_width": 8, "value_width": 6, "rank": 3}

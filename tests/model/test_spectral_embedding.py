@@ -21,7 +21,7 @@ from sra_ds.model.embeddings.spectral import (
     wave_basis,
 )
 from sra_ds.model.init import initialise
-from sra_ds.training.controllers import RatioRamp
+from sra_ds.training.controllers.schedules import RatioRamp
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -17,7 +17,7 @@ from sra_ds.model.mixers.bands import decompose, split_bands
 from sra_ds.model.mixers.filters import LowPass, orthogonality_error, wavelet_taps
 from sra_ds.model.mixers.wave_attention import WaveAttention, keep_every, stride
 from sra_ds.model.mixers.wave_conv import WaveConv
-from sra_ds.training.controllers import ChoiceTemperature
+from sra_ds.training.controllers.schedules import ChoiceTemperature
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -15,11 +15,11 @@ import torch.distributed as dist
 from commands import ROOT
 from distributed import config_of, cut, open_engine, recipe_of, run_ranks
 from sra_ds.config import Recipe
+from sra_ds.data.loader import random_batch
 from sra_ds.planning.case import Case
 from sra_ds.planning.shapes import Layout, read_shapes
 from sra_ds.planning.zero import read_zero
 from sra_ds.selftest.collectives import CollectiveCounter, Sent, planned_bytes, together
-from sra_ds.training.bench import random_batch
 from sra_ds.training.ds_config import plan_batches
 from sra_ds.training.step import step_loss
 

@@ -23,13 +23,13 @@ import torch
 from commands import ROOT
 from distributed import cut, open_engine, run_ranks
 from sra_ds.config import Recipe, load_recipe
+from sra_ds.data.loader import random_batch
 from sra_ds.heap import M_MMAP_MAX, M_TRIM_THRESHOLD
 from sra_ds.ops.extension import extension
 from sra_ds.planning.case import Case
 from sra_ds.planning.memory import Memory, estimate
 from sra_ds.planning.shapes import Layout, read_shapes
 from sra_ds.planning.zero import read_zero
-from sra_ds.training.bench import random_batch
 from sra_ds.training.ds_config import plan_batches, read_ds_config
 from sra_ds.training.step import step_loss
 

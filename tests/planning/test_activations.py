@@ -5,13 +5,13 @@ import torch
 from torch import Tensor, nn
 
 from sra_ds.config import load_recipe
+from sra_ds.data.loader import random_batch
 from sra_ds.model.language_model import build_model
 from sra_ds.ops.extension import extension, use_kernels
 from sra_ds.planning.activations import activation_bytes
 from sra_ds.planning.case import Case
 from sra_ds.planning.shapes import Layout, read_shapes
 from sra_ds.planning.zero import Zero
-from sra_ds.training.bench import random_batch
 
 WINDOWS = 8
 

@@ -6,6 +6,7 @@ import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sra_ds.config import load_recipe
+from sra_ds.data.loader import random_batch
 from sra_ds.model.counting import count_parameters
 from sra_ds.model.language_model import build_model
 from sra_ds.ops.extension import use_kernels
@@ -28,7 +29,6 @@ from sra_ds.planning.step_time import (
     worst_spread,
 )
 from sra_ds.planning.zero import Zero
-from sra_ds.training.bench import random_batch
 from sra_ds.training.step import step_loss
 
 PARAMETERS, ACTIVE = 8_127_156_248, 950.2e6

@@ -1,14 +1,15 @@
 """`backend: auto` measures once, remembers, and takes the fastest."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from commands import train
+from sra_ds import timing
 from sra_ds.config import load_recipe
-from sra_ds.training import backend_choice
 from sra_ds.training.backend_choice import choose_backend
 
 CPU = torch.device("cpu")
@@ -21,12 +22,13 @@ def test_the_fastest_is_taken_and_remembered(
 ) -> None:
     calls = []
 
-    def seconds(layer: torch.nn.Module, *_: object) -> float:
-        kind = {"LocalBackend": "local", "DeepSpeedBackend": "deepspeed"}[type(layer).__name__]
+    def clock(work: partial[None]) -> float:
+        layer = type(work.args[0]).__name__
+        kind = {"LocalBackend": "local", "DeepSpeedBackend": "deepspeed"}[layer]
         calls.append(kind)
-        return 0.001 if kind == fastest else 0.002
+        return 1.0 if kind == fastest else 2.0
 
-    monkeypatch.setattr(backend_choice, "_time", seconds)
+    monkeypatch.setattr(timing, "wall_clock", clock)
     recipe = load_recipe("quickstart", SMALL)
     choice = choose_backend(recipe, 64, CPU, torch.float32, tmp_path)
     assert choice.backend == fastest and choice.measured_now

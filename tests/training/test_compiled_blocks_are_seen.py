@@ -9,7 +9,7 @@ from sra_ds.config import Recipe
 from sra_ds.data.loader import Batch
 from sra_ds.model.language_model import build_model
 from sra_ds.training.anchors import router_inputs
-from sra_ds.training.specialisation import all_outputs
+from sra_ds.training.controllers.specialisation import all_outputs
 
 Builder = Callable[..., Recipe]
 

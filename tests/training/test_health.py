@@ -19,20 +19,18 @@ from torch import Tensor
 
 from commands import step_lines, train
 from distributed import config_of, cut, enlarge, held_weights, open_engine, recipe_of, run_ranks
-from sra_ds.data.loader import Batch
+from sra_ds.data.loader import Batch, random_batch
 from sra_ds.inference.load import load_weights_into
 from sra_ds.model.language_model import LanguageModel, build_model
 from sra_ds.storage import checkpoint
 from sra_ds.storage.run_dir import RunDir
-from sra_ds.training.bench import random_batch
-from sra_ds.training.controllers import build_controllers
+from sra_ds.training.controllers import build_controllers, build_engine_controllers
 from sra_ds.training.ds_config import plan_batches
 from sra_ds.training.engine import read_parameter
 from sra_ds.training.engine_state import engine_state, forget_rows, restore_engine
 from sra_ds.training.feed import WindowFeed
 from sra_ds.training.health import Health
 from sra_ds.training.loop import Trainer
-from sra_ds.training.remedies import build_remedies
 
 ADAM = {"kind": "adamw", "learning_rate": 0.01}
 FLOOR = {"raise_floor": {"floor": 0.5, "step": 100.0, "cap": 100.0}}
@@ -104,7 +102,9 @@ def open_trainer(case: Case, folder: Path, start: Path | None = None) -> Trainer
         stems = (checkpoint.WEIGHTS, checkpoint.OPTIMIZER)
         restore_engine(engine, *[checkpoint.open_tensors(start, stem) for stem in stems])
     controllers = build_controllers(recipe, engine.module)
-    controllers |= build_remedies(recipe, engine, lambda step: windows.batch(step, 8))
+    controllers |= build_engine_controllers(
+        recipe, engine, lambda step: windows.batch(step, 8), untrained=False
+    )
     layout = checkpoint.Layout(world, case.stage, case.ep)
     plan = plan_batches(recipe, world)
     feed = WindowFeed(windows, plan, dist.get_rank())

@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from distributed import config_of, cut, enlarge, held_weights, open_engine, recipe_of, run_ranks
 from families import FAMILIES
 from sra_ds.config import Recipe
+from sra_ds.data.loader import random_batch
 from sra_ds.model.init import generator
 from sra_ds.model.language_model import LanguageModel, build_model
 from sra_ds.storage import checkpoint
 from sra_ds.storage.fragments import Fragment
-from sra_ds.training.bench import random_batch
-from sra_ds.training.controllers import Seen, learning_rate
+from sra_ds.training.controllers import build_engine_controllers
+from sra_ds.training.controllers.protocol import Seen
+from sra_ds.training.controllers.schedules import learning_rate
 from sra_ds.training.engine import build_optimizer, set_learning_rate
 from sra_ds.training.engine_state import engine_state, restore_engine
-from sra_ds.training.ghosts import build_ghost_keeper
 from sra_ds.training.processes import mean_over_ranks
-from sra_ds.training.specialisation import Specialisation
 from sra_ds.training.step import step_loss
 
 SGD = {"kind": "sgd", "learning_rate": 0.1, "momentum": 0.9}
@@ -142,8 +142,10 @@ class PlainEngine(nn.Module):
 
 def play(engine: Any, own: Recipe, ranks: Sequence[int], folder: Path | None = None) -> Told:
     """A short run with its controllers on the windows of these processes, and a checkpoint of it."""
-    keeper = build_ghost_keeper(own, engine).get("ghosts")
-    watch = Specialisation(own, engine, lambda step: random_batch(own, 3, step))
+    controllers = build_engine_controllers(
+        own, engine, lambda step: random_batch(own, 3, step), untrained=False
+    )
+    keeper, watch = controllers.get("ghosts"), controllers["specialisation"]
     losses, woken, alphas, loads = [], [], [], []
     for number in range(STEPS):
         peak = own.training.optimizer.learning_rate

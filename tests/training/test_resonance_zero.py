@@ -17,10 +17,10 @@ from distributed import (
 )
 from families import FAMILIES
 from sra_ds.config import Recipe
-from sra_ds.data.loader import Batch
+from sra_ds.data.loader import Batch, random_batch
 from sra_ds.model.language_model import build_model
-from sra_ds.training.bench import random_batch
-from sra_ds.training.controllers import Seen, build_controllers
+from sra_ds.training.controllers import build_controllers
+from sra_ds.training.controllers.protocol import Seen
 from sra_ds.training.engine import build_optimizer
 from sra_ds.training.processes import mean_over_ranks
 

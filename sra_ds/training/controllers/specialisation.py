@@ -24,9 +24,8 @@ from sra_ds.model.init import generator
 from sra_ds.moe.experts import even_counts
 from sra_ds.moe.layer import MoELayer
 from sra_ds.training.anchors import of_valid_tokens, router_inputs
-from sra_ds.training.controllers import Event, Seen
+from sra_ds.training.controllers.protocol import BatchOf, Event, Seen
 from sra_ds.training.engine import gathered
-from sra_ds.training.remedies import BatchOf
 
 COLLAPSE = 0.1
 """Fall of the score from one measurement to the next that is answered at once."""

@@ -16,15 +16,14 @@ from torch import Tensor, nn
 from commands import interrupt, train
 from references import randomise, unstack
 from sra_ds.config import Recipe
-from sra_ds.data.loader import Batch
+from sra_ds.data.loader import Batch, random_batch
 from sra_ds.errors import ConfigError
 from sra_ds.metrics import specialisation
 from sra_ds.model.language_model import build_model
-from sra_ds.training import specialisation as module
 from sra_ds.training.anchors import router_inputs
-from sra_ds.training.bench import random_batch
-from sra_ds.training.controllers import Seen
-from sra_ds.training.specialisation import Measurement, Specialisation, all_outputs
+from sra_ds.training.controllers import specialisation as module
+from sra_ds.training.controllers.protocol import Seen
+from sra_ds.training.controllers.specialisation import Measurement, Specialisation, all_outputs
 from sra_ds.training.step import step_loss
 
 Builder = Callable[..., Recipe]

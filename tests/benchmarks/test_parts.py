@@ -3,17 +3,17 @@
 import pytest
 import torch
 
-from sra_ds.training import latency, part_bench
-from sra_ds.training.part_bench import batch_context, bench_parts, mixers
+from sra_ds.benchmarks import latency, parts
+from sra_ds.benchmarks.parts import batch_context, bench_parts, mixers
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(part_bench, "WINDOWS", 2)
-    monkeypatch.setattr(part_bench, "LENGTH", 20)
-    monkeypatch.setattr(part_bench, "MIXER_WIDTH", 16)
-    monkeypatch.setattr(part_bench, "CHANNEL_WIDTHS", ((24, 48),))
-    monkeypatch.setattr(part_bench, "LONG", ((1, 60),))
+    monkeypatch.setattr(parts, "WINDOWS", 2)
+    monkeypatch.setattr(parts, "LENGTH", 20)
+    monkeypatch.setattr(parts, "MIXER_WIDTH", 16)
+    monkeypatch.setattr(parts, "CHANNEL_WIDTHS", ((24, 48),))
+    monkeypatch.setattr(parts, "LONG", ((1, 60),))
 
 
 @pytest.mark.parametrize(

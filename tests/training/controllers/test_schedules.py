@@ -9,13 +9,9 @@ from commands import RECIPE
 from sra_ds.config.loading import merge, validate
 from sra_ds.config.training import ScheduleConfig
 from sra_ds.model.language_model import build_model
-from sra_ds.training.controllers import (
-    Seen,
-    build_controllers,
-    current_top_k,
-    interpolate,
-    learning_rate,
-)
+from sra_ds.training.controllers import build_controllers
+from sra_ds.training.controllers.protocol import Seen
+from sra_ds.training.controllers.schedules import current_top_k, interpolate, learning_rate
 
 
 def recipe(**training):

@@ -8,24 +8,44 @@ next, and nothing is done to an expert more than once a window. All is decided b
 processes, the seed and the step, hence the same on each of them and after a resume.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from sra_ds.config import Recipe
-from sra_ds.data.loader import Batch
 from sra_ds.metrics import DEAD_SHARE
 from sra_ds.model.init import generator
 from sra_ds.training.anchors import router_inputs
-from sra_ds.training.controllers import Controller, Event, Intervention, Seen
+from sra_ds.training.controllers.protocol import BatchOf, Event, Seen
 from sra_ds.training.engine import read_parameter, write_parameter
 from sra_ds.training.engine_state import forget_rows
 
-BatchOf = Callable[[int], Batch]
-"""Windows of a step's batch, the same on every process."""
+
+class Intervention(NamedTuple):
+    """Something a controller changed because of what it saw, and not by schedule. One list entry per
+    expert."""
+
+    kind: str
+    layer: int
+    experts: list[int]
+    load: list[float]
+    """Over the mean load, in the window that called for it."""
+    before: list[float]
+    """`raise_floor`: selection bias; `reseed_dead_anchors`: mean cosine of the anchor with the tokens."""
+    after: list[float]
+
+    @property
+    def record(self) -> str:
+        """Its key in the line of metrics."""
+        return "remedy"
+
+    def line(self) -> str:
+        """For the person watching."""
+        numbers = ", ".join(map(str, self.experts[:8])) + ", ..." * (len(self.experts) > 8)
+        return f"remedy {self.kind} in layer {self.layer}: {len(self.experts)} experts ({numbers})"
 
 
 class Remedies:
@@ -119,10 +139,3 @@ class Remedies:
         load = state["load"]
         self.tokens = state["tokens"]
         self.load_LE = None if load is None else torch.tensor(load, dtype=torch.float64)
-
-
-def build_remedies(recipe: Recipe, engine: Any, batch_of: BatchOf) -> dict[str, Controller]:
-    """The controller of the remedies by its name, if the recipe asks for any."""
-    if not recipe.training.remedies.active:
-        return {}
-    return {"remedies": Remedies(recipe, engine, batch_of)}

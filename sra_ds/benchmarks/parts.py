@@ -34,7 +34,7 @@ from sra_ds.model.mixers.convolution import Convolution
 from sra_ds.model.mixers.resonance import Resonance
 from sra_ds.model.mixers.wave_attention import WaveAttention
 from sra_ds.model.mixers.wave_conv import WaveConv
-from sra_ds.training.kernel_bench import Work, medians
+from sra_ds.timing import Work, in_turn, medians
 
 WINDOWS, LENGTH = 16, 256
 MIXER_WIDTH, HEADS = 256, 4
@@ -122,7 +122,7 @@ def compare(
     found = {}
     for direction, backward in (("forward", False), ("with backward", True)):
         works = {n: work(part, x_BTD, context, grad_BTD, backward) for n, part in parts.items()}
-        times = medians(works, rounds)
+        times = medians(in_turn(works, rounds))
         ratios = {name: times[name] / times[plain] for name in parts}
         found[direction] = {"milliseconds": times, f"over_{plain}": ratios}
     return found

@@ -11,16 +11,21 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
+from sra_ds.benchmarks.step import engine_step
 from sra_ds.config import Recipe
+from sra_ds.data.loader import random_batch
 from sra_ds.model.language_model import build_model
-from sra_ds.training.bench import random_batch
-from sra_ds.training.ds_config import merge_ds_config, plan_batches
-from sra_ds.training.engine import build_engine
-from sra_ds.training.environment import be_local_rank, free_port, leave, prepare_process
+from sra_ds.timing import WARM_UP
+from sra_ds.training.environment import (
+    be_local_rank,
+    choose_device,
+    free_port,
+    leave,
+    prepare_process,
+)
 from sra_ds.training.processes import finish_processes, start_processes
-from sra_ds.training.step import step_loss
 
-STEPS, WARM_UP = 8, 2
+STEPS = 8
 
 
 def bench_scaling(recipe: Recipe, ds_config: dict[str, Any], rounds: int) -> dict[str, Any]:
@@ -61,16 +66,14 @@ def _process(
     start_processes()
     training = recipe.training.model_copy(update={"batch_size": windows * world})
     recipe = recipe.model_copy(update={"training": training})
-    plan = plan_batches(recipe, world)
-    merged = merge_ds_config(ds_config, recipe, plan, torch.float32, "bench")
-    engine = build_engine(build_model(recipe), recipe, merged)
+    device, _ = choose_device()
+    step = engine_step(recipe, build_model(recipe), ds_config)
     times = []
-    for step in range(STEPS + WARM_UP):
-        batch = random_batch(recipe, windows, step * world + rank).to(engine.device)
+    for number in range(STEPS + WARM_UP):
+        batch = random_batch(recipe, windows, number * world + rank).to(device)
         dist.barrier()
         start = time.perf_counter()
-        engine.backward(step_loss(engine(*batch), recipe.losses).total)
-        engine.step()
+        step(batch)
         dist.barrier()
         times.append(time.perf_counter() - start)
     if rank == 0:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from sra_ds.config import Recipe
 from sra_ds.heap import keep_freed_memory
 from sra_ds.model.language_model import LanguageModel, build_model
-from sra_ds.training.kernel_bench import WARM_UP
+from sra_ds.timing import WARM_UP
 
 PROMPT, CONTINUED = 64, 64
 """Tokens given, and tokens after them."""

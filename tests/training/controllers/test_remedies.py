@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from sra_ds.config import Recipe
-from sra_ds.data.loader import Batch
+from sra_ds.data.loader import Batch, random_batch
 from sra_ds.errors import ConfigError
 from sra_ds.model.language_model import build_model
 from sra_ds.training.anchors import router_inputs
-from sra_ds.training.bench import random_batch
-from sra_ds.training.controllers import Intervention, Seen
+from sra_ds.training.controllers import build_engine_controllers
+from sra_ds.training.controllers.protocol import Seen
+from sra_ds.training.controllers.remedies import Intervention, Remedies
 from sra_ds.training.engine import build_optimizer
-from sra_ds.training.remedies import Remedies, build_remedies
 from sra_ds.training.step import step_loss
 
 Builder = Callable[..., Recipe]
@@ -177,7 +177,11 @@ def test_a_window_goes_on_from_a_checkpoint(tiny_recipe: Builder) -> None:
 def test_nothing_is_done_unless_asked_for(tiny_recipe: Builder) -> None:
     recipe = tiny_recipe()
     assert not recipe.training.remedies.active
-    assert build_remedies(recipe, None, lambda step: random_batch(recipe, 1, step)) == {}
+    engine = SimpleNamespace(module=build_model(recipe))
+    found = build_engine_controllers(
+        recipe, engine, lambda step: random_batch(recipe, 1, step), untrained=True
+    )
+    assert found == {}
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,13 @@ from commands import launch, step_lines, train
 from references import randomise
 from saved_runs import corpus
 from sra_ds.config import Recipe
+from sra_ds.data.loader import Batch, random_batch
 from sra_ds.evaluation.perplexity import Setting, evaluate
 from sra_ds.model.language_model import LanguageModel, build_model
-from sra_ds.training.bench import random_batch
-from sra_ds.training.controllers import Seen
+from sra_ds.training.controllers import build_engine_controllers
+from sra_ds.training.controllers.ghosts import Awakening, GhostKeeper
+from sra_ds.training.controllers.protocol import Seen
 from sra_ds.training.engine import build_optimizer, set_learning_rate
-from sra_ds.training.ghosts import Awakening, GhostKeeper, build_ghost_keeper
 from sra_ds.training.step import step_loss
 
 __all__ = ["corpus"]
@@ -77,8 +78,12 @@ def engine_with(tiny_recipe: Builder) -> Callable[..., PlainEngine]:
     return build
 
 
+def no_batch(step: int) -> Batch:
+    raise AssertionError(f"nobody looks at the batch of step {step}")
+
+
 def keeper_of(engine: PlainEngine) -> GhostKeeper:
-    (keeper,) = build_ghost_keeper(engine.recipe, engine).values()
+    keeper = build_engine_controllers(engine.recipe, engine, no_batch, untrained=False)["ghosts"]
     assert isinstance(keeper, GhostKeeper)
     return keeper
 
@@ -367,7 +372,8 @@ def test_without_a_schedule_or_ghosts_nobody_keeps_them(tiny_recipe: Builder) ->
         {"model": {"channel": {"ghosts": {"count": 0}}}, "training": {"ghosts": {}}},
     ):
         recipe = tiny_recipe("moe-ghost", overlay)
-        assert build_ghost_keeper(recipe, SimpleNamespace(module=build_model(recipe))) == {}
+        engine = SimpleNamespace(module=build_model(recipe))
+        assert "ghosts" not in build_engine_controllers(recipe, engine, no_batch, untrained=False)
 
 
 GHOSTS = (

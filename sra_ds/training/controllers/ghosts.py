@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from sra_ds.config import Recipe
 from sra_ds.config.training import GhostScheduleConfig
 from sra_ds.moe.layer import MoELayer
-from sra_ds.training.controllers import Controller, Event, Seen, learning_rate
+from sra_ds.training.controllers.protocol import Event, Seen
+from sra_ds.training.controllers.schedules import learning_rate
 from sra_ds.training.engine import ghost_group, set_group_learning_rate
 from sra_ds.training.engine_state import forget
 
@@ -118,11 +119,3 @@ def ghost_learning_rate(form: str, rate: float, peak: float) -> float:
     share = rate / peak
     forms = {"inverse": 1 - share, "complementary": 0.5 * (1 - share) + 0.1, "same": share}
     return peak * forms[form]
-
-
-def build_ghost_keeper(recipe: Recipe, engine: Any) -> dict[str, Controller]:
-    """The controller by its name, if the recipe has ghosts and wakes them."""
-    layers = engine.module.routed_layers()
-    if recipe.training.ghosts is None or not layers[0].ghosts:
-        return {}
-    return {"ghosts": GhostKeeper(recipe, engine)}
