@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
 from sra_ds.data.loader import IGNORED, Batch, ScoringWindow, scoring_batches, scoring_windows
 from sra_ds.data.shards import TokenSplit
+from sra_ds.evaluation.ranks import share_of_rank, sum_over_ranks
 from sra_ds.heap import giving_back
 from sra_ds.metrics import stacked_loads
 from sra_ds.model.language_model import ModelOutput
@@ -91,7 +91,7 @@ def evaluate(
     if documents < len(split.documents):  # the mark that opens the next document ends the last
         end = int(split.documents["start"][documents]) + 1
     windows = scoring_windows(end, setting.length, setting.stride)
-    share = _share(windows, setting.batch_size)
+    share = share_of_rank(windows, setting.batch_size, ScoringWindow(0, 0, 1))
     batches = scoring_batches(
         split, share, setting.length, setting.batch_size, setting.end_of_text_id
     )
@@ -103,7 +103,7 @@ def evaluate(
         if stopped():
             return None
         totals.add(batch, positions_BT, model(*batch.to(setting.device)))
-    document_nll, document_tokens, correct, load_LE, iterations_2L = _sum_over_ranks(
+    document_nll, document_tokens, correct, load_LE, iterations_2L = sum_over_ranks(
         totals.document_nll,
         totals.document_tokens,
         totals.correct,
@@ -171,26 +171,3 @@ def documents_within(split: TokenSplit, max_tokens: int) -> int:
     if not max_tokens or split.tokens <= max_tokens:
         return len(starts)
     return max(1, int(np.searchsorted(starts, max_tokens, side="right")) - 1)
-
-
-def _share(windows: list[ScoringWindow], batch_size: int) -> list[ScoringWindow]:
-    """This rank's windows. Every rank runs the same number of forward passes, which ZeRO-3 needs:
-    short shares are filled with windows of padding."""
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
-        return windows
-    world, rank = dist.get_world_size(), dist.get_rank()
-    size = -(-len(windows) // world)
-    size = -(-size // batch_size) * batch_size
-    mine = windows[rank * size : (rank + 1) * size]
-    empty = ScoringWindow(0, 0, 1)
-    return mine + [empty] * (size - len(mine))
-
-
-def _sum_over_ranks(*arrays: NDArray[np.float64]) -> list[NDArray[np.float64]]:
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
-        return list(arrays)
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    flat = torch.from_numpy(np.concatenate([a.ravel() for a in arrays])).to(device)
-    dist.all_reduce(flat)
-    parts = flat.cpu().split([a.size for a in arrays])
-    return [p.numpy().reshape(a.shape) for p, a in zip(parts, arrays, strict=True)]

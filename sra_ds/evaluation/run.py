@@ -68,7 +68,9 @@ def _score(
         report["experts"] = _health(loaded, result, scoring, device, corpus)
     if scoring.legacy:
         wrapped = hard_wrapped(loaded.recipe.data)
-        report["legacy_sra"] = legacy_sra(loaded.model, split, loaded.tokenizer, wrapped, device)
+        report["legacy_sra"] = legacy_sra(
+            loaded.model, split, loaded.tokenizer, wrapped, device, progress=True
+        )
     return report
 
 

@@ -236,7 +236,10 @@ def _validator(recipe: Recipe, corpus: TokenCorpus, run: RunDir, device: torch.d
         capped = capped_nll(result, split, recipe.evaluation.max_tokens)
         summary: dict[str, Any] = {**result.summary(), "capped_nll_per_token": capped}
         if recipe.evaluation.legacy_sra and not max_tokens:
-            legacy = legacy_sra(engine, split, tokenizer, hard_wrapped(recipe.data), device)
+            wrapped = hard_wrapped(recipe.data)
+            legacy = legacy_sra(engine, split, tokenizer, wrapped, device, stopped=stopped)
+            if legacy is None:
+                return None
             if first:
                 write_atomically(run.evaluation / "legacy_sra.json", json.dumps(legacy, indent=1))
             for name in ("perplexity", "perplexity_if_padding_were_free"):

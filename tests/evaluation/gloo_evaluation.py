@@ -1,12 +1,12 @@
 """Bodies of the processes of `test_world_size`; importable by spawned processes."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from sra_ds.data.shards import TokenSplit
-from sra_ds.evaluation.perplexity import Setting, evaluate
 from sra_ds.model.language_model import LanguageModel
 
 
@@ -15,11 +15,9 @@ def score_rank(
     world_size: int,
     folder: Path,
     model: LanguageModel,
-    split: TokenSplit,
-    setting: Setting,
-    max_tokens: int,
+    score: Callable[[Any], object],
 ) -> None:
-    """Evaluate as one of `world_size` processes; every rank saves what it got."""
+    """`score(model)` as one of `world_size` processes; every rank saves what it got."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
@@ -31,6 +29,6 @@ def score_rank(
         forwards += 1
         return model(*batch)
 
-    result = evaluate(counted, split, setting, max_tokens)
-    torch.save((forwards, tuple(result)), folder / f"rank{rank}.pt")
+    result = score(counted)
+    torch.save((forwards, result), folder / f"rank{rank}.pt")
     dist.destroy_process_group()
