@@ -17,9 +17,7 @@ DEEPSPEED = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >>"$CALLS"
 while [[ $1 != --run ]]; do shift; done
 mkdir -p "$2/checkpoints/8"
-touch "$2/checkpoints/8/manifest.json" "$2/checkpoints/latest"
-sleep 0.05
-[[ $STOPPED ]] || touch "$2/summary.json"
+touch "$2/checkpoints/8/manifest.json"
 """
 PYTHON = """#!/usr/bin/env bash
 printf 'python %s\\n' "$*" >>"$CALLS"
@@ -41,7 +39,7 @@ def start(tmp_path):
 
     def run(script, *arguments, **variables):
         calls.write_text("")
-        known = {"CALLS": str(calls), "STOPPED": "", **variables}
+        known = {"CALLS": str(calls), **variables}
         result = subprocess.run(
             [root / "launch" / script, *arguments],
             cwd=tmp_path,
@@ -75,16 +73,31 @@ def test_one_gpu_starts_and_resumes(start):
     assert calls == [f"{common} --resume --run runs/sra-128e training.steps=9"]
 
 
-def test_parity_trains_both_and_compares(start):
-    code, calls = start("start_2gpu_ffn_parity.sh", "training.seed=3", DEEPSPEED="mine.json")
-    assert code == 0
-    common = "--num_gpus 2 --master_port 29500 launch/train.py --deepspeed mine.json"
-    runs = ["runs/ffn-parity/sra-128e", "runs/ffn-parity/dense-29m"]
-    assert calls == [
-        f"{common} --recipe sra-128e --run {runs[0]} training.seed=3",
-        f"{common} --recipe dense-29m --run {runs[1]} training.seed=3",
-        f"python tools/compare.py --runs {runs[0]} {runs[1]} --out runs/ffn-parity/comparison",
-    ]
+SCRIPT_CALLS = {
+    "start_2gpu_ffn_parity.sh": "--recipes sra-128e dense-29m --seeds {seeds} --processes 2 "
+    "--deepspeed ds_configs/zero2.json --out {out}",
+    "reproduce_sra_128e.sh": "--recipes sra-128e stdmoe-128e dense-29m --seeds {seeds} "
+    "--matched active --deepspeed ds_configs/zero2.json --out {out}",
+}
+
+
+@pytest.mark.parametrize(
+    ("script", "out"),
+    [("start_2gpu_ffn_parity.sh", "runs/ffn-parity"), ("reproduce_sra_128e.sh", "runs/reproduce")],
+)
+def test_comparisons_are_one_call(start, script, out):
+    called = f"python tools/compare.py {SCRIPT_CALLS[script]}"
+    code, calls = start(script)
+    assert code == 0 and calls == [called.format(seeds=19, out=out)]
+    asked = ("--jobs", "3", "--set", "training.steps=20", "model.layers=1")
+    code, calls = start(script, *asked, SEEDS="0,1", OUT="here")
+    words = "--set training.steps=20 model.layers=1 --jobs 3"
+    assert code == 0 and calls == [f"{called.format(seeds='0,1', out='here')} {words}"]
+
+
+def test_the_reproduction_takes_a_folder_of_texts(start):
+    code, (call,) = start("reproduce_sra_128e.sh", "training.steps=20", DATA="texts")
+    assert code == 0 and call.endswith(" --set data.path=texts training.steps=20")
 
 
 @pytest.mark.parametrize(
@@ -92,32 +105,9 @@ def test_parity_trains_both_and_compares(start):
     [(["a.yaml", "b/c.yaml"], {}), ([], {"RECIPES": "a.yaml b/c.yaml"})],
 )
 def test_parity_takes_other_recipes(start, arguments, variables):
-    code, calls = start("start_2gpu_ffn_parity.sh", *arguments, "x.y=1", RUNS="out", **variables)
-    assert code == 0
-    assert [call.split(" ", 7)[7] for call in calls[:2]] == [
-        "--recipe a.yaml --run out/a x.y=1",
-        "--recipe b/c.yaml --run out/c x.y=1",
-    ]
-    assert calls[2] == "python tools/compare.py --runs out/a out/c --out out/comparison"
-
-
-def test_parity_does_not_go_on_from_a_run_that_was_stopped(start):
-    code, calls = start("start_2gpu_ffn_parity.sh", "a.yaml", "b.yaml", RUNS="out", STOPPED="yes")
-    assert code == 1 and len(calls) == 1
-    code, calls = start("start_2gpu_ffn_parity.sh", "a.yaml", "b.yaml", RUNS="out")
-    assert code == 0 and len(calls) == 3
-    assert "--resume --run out/a" in calls[0] and "--recipe b.yaml" in calls[1]
-
-
-def test_the_reproduction_asks_for_one_comparison(start):
-    common = "--seeds {} --matched active --deepspeed ds_configs/zero2.json --out {}"
-    called = f"python tools/compare.py --recipes sra-128e stdmoe-128e dense-29m {common}"
-    code, calls = start("reproduce_sra_128e.sh")
-    assert code == 0 and calls == [called.format(19, "runs/reproduce")]
-    asked = ("--jobs", "3", "--set", "training.steps=20", "model.layers=1")
-    code, calls = start("reproduce_sra_128e.sh", *asked, SEEDS="0,1", OUT="here", DATA="texts")
-    overrides = "--set data.path=texts training.steps=20 model.layers=1 --jobs 3"
-    assert code == 0 and calls == [f"{called.format('0,1', 'here')} {overrides}"]
+    code, (call,) = start("start_2gpu_ffn_parity.sh", *arguments, "x.y=1", **variables)
+    assert code == 0 and " --recipes a.yaml b/c.yaml --seeds 19 " in call
+    assert call.endswith(" --set x.y=1")
 
 
 def run_script(script, *arguments, **variables):
@@ -151,9 +141,9 @@ def test_parity_compares_the_tiny_recipe_and_its_dense_twin(tiny, tmp_path):
     }
     (tmp_path / "dense.yaml").write_text(yaml.safe_dump(recipe))
     recipes = [tiny / "tiny.yaml", tmp_path / "dense.yaml"]
-    result = run_script("start_2gpu_ffn_parity.sh", *recipes, RUNS=tmp_path / "runs")
+    result = run_script("start_2gpu_ffn_parity.sh", *recipes, OUT=tmp_path / "runs")
     assert result.returncode == 0, result.stderr
-    comparison = json.loads((tmp_path / "runs" / "comparison" / "comparison.json").read_text())
+    comparison = json.loads((tmp_path / "runs" / "comparison.json").read_text())
     assert [row["recipe"] for row in comparison["rows"]] == ["tiny", "dense"]
     assert "| tiny |" in result.stdout and "| dense |" in result.stdout
 
