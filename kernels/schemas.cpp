@@ -17,6 +17,8 @@ STABLE_TORCH_LIBRARY(sra_kernels, m) {
       "feed_forward_backward(Tensor grad_y, Tensor x, Tensor? gate_weight, Tensor up_weight, Tensor "
       "down_weight, Tensor offsets, Tensor gate, Tensor up, bool biased) -> (Tensor, Tensor, Tensor, Tensor, "
       "Tensor, Tensor)");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("onednn_is_faster() -> bool");
   m.def("dispatch(Tensor x, Tensor place) -> Tensor");
   m.def("dispatch_backward(Tensor grad_rows, Tensor place, int tokens) -> Tensor");
   m.def("combine(Tensor rows, Tensor gates, Tensor place) -> Tensor");

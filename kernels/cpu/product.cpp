@@ -3,6 +3,9 @@
 #include <atomic>
 #include <string>
 
+#include "../number_of.h"
+#include "experts.h"
+
 namespace sra::cpu {
 namespace {
 
@@ -11,10 +14,10 @@ namespace detail = torch::stable::detail;
 constexpr int64_t kRowsTogether = 8;
 
 // The operator torch's own compiler uses for linear layers on the CPU; false if this torch has another.
-bool onednn_product(const Tensor& left, const Tensor& right, Tensor* result) {
+bool onednn_product(const Tensor& left, const Tensor& right, const OptionalTensor& bias, Tensor* result) {
   std::array<StableIValue, 6> stack{detail::from(left),
                                     detail::from(transposed(right)),
-                                    detail::from(OptionalTensor()),
+                                    detail::from(bias),
                                     detail::from(std::string("none")),
                                     detail::from(std::vector<double>{}),
                                     detail::from(std::optional<std::string>())};
@@ -23,8 +26,8 @@ bool onednn_product(const Tensor& left, const Tensor& right, Tensor* result) {
   return true;
 }
 
-// On AMD processors with AVX-512, MKL's float32 products run at half the speed of oneDNN's (Zen 5: 98
-// against 215 GFLOP/s a core).
+}  // namespace
+
 bool onednn_is_faster() {
 #if defined(__GNUC__) && defined(__x86_64__)
   static const bool faster = [] {
@@ -37,17 +40,18 @@ bool onednn_is_faster() {
 #endif
 }
 
-}  // namespace
-
-Tensor product(const Tensor& left, const Tensor& right) {
+Tensor product(const Tensor& left, const Tensor& right, const OptionalTensor& bias) {
   static std::atomic<bool> onednn_is_there{true};
   const bool any = left.size(0) > 0 && left.size(1) > 0 && right.size(1) > 0;
   Tensor result;
   if (any && onednn_is_faster() && left.scalar_type() == ScalarType::Float && onednn_is_there) {
-    if (onednn_product(left, right, &result)) return result;
+    if (onednn_product(left, right, bias, &result)) return result;
     onednn_is_there = false;
   }
-  return matrix_product(left, right);
+  result = matrix_product(left, right);
+  if (bias.has_value())
+    add_bias(number_of(result), bias->data_ptr(), result.size(0), result.size(1), result.data_ptr());
+  return result;
 }
 
 int64_t padded_rows(int64_t rows, ScalarType type) {

@@ -35,7 +35,8 @@ from sra_ds.model.mixers.filters import LowPass, wavelet_taps
 from sra_ds.model.mixers.resonance import Resonance
 from sra_ds.model.mixers.wave_conv import BandGates
 from sra_ds.moe.coupling import UNIT_WEIGHT, GraphRound, HypergraphRound
-from sra_ds.moe.experts import GroupedExperts, ResidualLinear, ZeroLinear
+from sra_ds.moe.experts import GroupedExperts
+from sra_ds.moe.linear import Linear, ResidualLinear, ZeroLinear
 from sra_ds.moe.routers import CosineRouter, LinearRouter, RandomRouter
 
 STD = 0.02
@@ -73,7 +74,7 @@ def _norm(module: nn.LayerNorm, residual_std: float, seed: int, name: str) -> No
     module.reset_parameters()
 
 
-def _linear(module: nn.Linear, residual_std: float, seed: int, name: str) -> None:
+def _linear(module: Linear, residual_std: float, seed: int, name: str) -> None:
     if isinstance(module, ZeroLinear):
         module.weight.zero_()
     else:
@@ -246,7 +247,7 @@ def _hypergraph_round(module: HypergraphRound, residual_std: float, seed: int, n
 
 INITIALISERS: dict[type[nn.Module], Callable[[Any, float, int, str], None]] = {
     nn.LayerNorm: _norm,
-    nn.Linear: _linear,
+    Linear: _linear,
     SparseLinear: _sparse,
     TokenEmbedding: _token_embedding,
     PrimeHilbertEmbedding: _prime_hilbert,

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sra_ds.config.model import GraphCouplingConfig, HypergraphCouplingConfig
-from sra_ds.moe.experts import ZeroLinear
+from sra_ds.moe.linear import Linear, ZeroLinear
 from sra_ds.ops.hypergraph import propagation
+from sra_ds.ops.linear import linear
 from sra_ds.ops.precision import at_least_float32
 
 UNIT_WEIGHT = math.log(math.e - 1)
@@ -33,10 +34,10 @@ class GraphRound(nn.Module):
     def __init__(self, config: GraphCouplingConfig, experts: int, width: int) -> None:
         super().__init__()
         self.edge_logit_EE = nn.Parameter(torch.empty(experts, experts))
-        self.hears = nn.Linear(width, 1)
-        self.speaks = nn.Linear(width, 1, bias=False)
-        self.message = nn.Linear(width, config.rank, bias=False)
-        self.own = nn.Linear(width, config.rank, bias=False)
+        self.hears = Linear(width, 1)
+        self.speaks = Linear(width, 1, bias=False)
+        self.message = Linear(width, config.rank, bias=False)
+        self.own = Linear(width, config.rank, bias=False)
         self.out = ZeroLinear(config.rank, width, bias=False)
 
     def forward(self, h_TKD: Tensor, ids_TK: Tensor, slots: int) -> Tensor:
@@ -45,7 +46,7 @@ class GraphRound(nn.Module):
         maps = (self.message, self.own, self.hears, self.speaks)
         inward = torch.cat([map_.weight for map_ in maps])
         sizes = [map_.out_features for map_ in maps]
-        message_TKR, own_TKR, heard_TK1, spoken_TK1 = F.linear(h_TKD, inward).split(sizes, -1)
+        message_TKR, own_TKR, heard_TK1, spoken_TK1 = linear(h_TKD, inward).split(sizes, -1)
         mix_TKK = self.mix(heard_TK1 + self.hears.bias, spoken_TK1, ids_TK).to(h_TKD.dtype)
         return h_TKD + F.gelu(self.out(mix_TKK @ message_TKR + own_TKR))
 
@@ -91,7 +92,7 @@ class HypergraphRound(nn.Module):
         # the weight of a single hyperedge is divided out again
         self.raw_weight_M = nn.Parameter(torch.empty(count)) if count > 1 else None
         self.asks_MD = nn.Parameter(torch.empty(count, width)) if config.token_gate else None
-        self.message = nn.Linear(width, config.rank, bias=False)
+        self.message = Linear(width, config.rank, bias=False)
         self.out = ZeroLinear(config.rank, width, bias=False)
 
     def make_incidence(self) -> Tensor:

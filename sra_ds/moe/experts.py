@@ -13,15 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sra_ds.config.model import FeedForwardConfig, GeluConfig, SwigluConfig
+from sra_ds.moe.linear import Linear, ResidualLinear
 from sra_ds.ops.feed_forward import Weights, feed_forward
-
-
-class ResidualLinear(nn.Linear):
-    """A projection that writes into the residual stream: its initial scale shrinks with depth."""
-
-
-class ZeroLinear(nn.Linear):
-    """A projection that starts at zero: the model starts as if what it belongs to were not there."""
 
 
 class GeluFeedForward(nn.Module):
@@ -29,7 +22,7 @@ class GeluFeedForward(nn.Module):
 
     def __init__(self, config: GeluConfig, width: int) -> None:
         super().__init__()
-        self.up = nn.Linear(width, config.hidden, bias=config.bias)
+        self.up = Linear(width, config.hidden, bias=config.bias)
         self.down = ResidualLinear(config.hidden, width, bias=config.bias)
         self.dropout = config.dropout
 
@@ -45,8 +38,8 @@ class SwigluFeedForward(nn.Module):
 
     def __init__(self, config: SwigluConfig, width: int) -> None:
         super().__init__()
-        self.gate = nn.Linear(width, config.hidden, bias=False)
-        self.up = nn.Linear(width, config.hidden, bias=False)
+        self.gate = Linear(width, config.hidden, bias=False)
+        self.up = Linear(width, config.hidden, bias=False)
         self.down = ResidualLinear(config.hidden, width, bias=False)
         self.dropout = config.dropout
 

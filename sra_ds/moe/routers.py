@@ -29,6 +29,7 @@ from sra_ds.config.model import (
 )
 from sra_ds.moe.routing import Routing
 from sra_ds.ops.cosine_route import cosine_route, cosine_scores, normalized
+from sra_ds.ops.linear import linear
 from sra_ds.ops.precision import at_least_float32
 from sra_ds.ops.top_k_routing import Selection, statistics, top_k_routing
 
@@ -174,7 +175,7 @@ class LinearRouter(ScoringRouter):
     def route(self, x_TD: Tensor, selection: Selection, keep_scores: bool) -> Routing:
         x_TD = at_least_float32(x_TD)
         bias = None if self.bias is None else F.pad(self.bias.to(x_TD.dtype), (0, self.awake))
-        scores_TE = F.linear(x_TD, self.with_ghosts(self.weight).to(x_TD.dtype), bias)
+        scores_TE = linear(x_TD, self.with_ghosts(self.weight).to(x_TD.dtype), bias)
         shift_S = self.shift_S()
         scores_TE = scores_TE if shift_S is None else scores_TE + shift_S.to(scores_TE.dtype)
         routing = top_k_routing(scores_TE, self.top_k, self.config.gate, selection)

@@ -129,7 +129,7 @@ def _available_on(device_type: str) -> bool:
 
 
 def _register() -> None:
-    register_operator("cosine_route", _shapes, _gradient_shapes, _backward, _keep_for_backward)
+    register_operator("cosine_route", _shapes, _backward, _keep_for_backward, _gradient_shapes)
 
 
 def _shapes(

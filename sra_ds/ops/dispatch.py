@@ -134,16 +134,16 @@ def _register() -> None:
     register_operator(
         "dispatch",
         lambda x, place: x.new_empty(place.shape[0], x.shape[1]),
-        lambda grad, place, tokens: grad.new_empty(tokens, grad.shape[1]),
         _dispatch_backward,
         _keep_for_dispatch,
+        lambda grad, place, tokens: grad.new_empty(tokens, grad.shape[1]),
     )
     register_operator(
         "combine",
         lambda rows, gates, place: rows.new_empty(gates.shape[0], rows.shape[1]),
-        lambda grad, rows, gates, place: (torch.empty_like(rows), torch.empty_like(gates)),
         _combine_backward,
         _keep_for_combine,
+        lambda grad, rows, gates, place: (torch.empty_like(rows), torch.empty_like(gates)),
     )
 
 

@@ -67,17 +67,18 @@ def constant_when_compiled(function: Answer) -> Answer:
 def register_operator(
     name: str,
     shapes: Callable[..., Any],
-    gradient_shapes: Callable[..., Any],
     backward: Callable[..., Any],
     keep_for_backward: Callable[..., Any],
+    gradient_shapes: Callable[..., Any] | None = None,
 ) -> None:
-    """What torch needs to trace and differentiate `name` by `name`_backward, after loading; the first
-    call counts, whichever thread makes it."""
+    """What torch needs to trace and differentiate `name`, and `name`_backward if there is one, after
+    loading; the first call counts, whichever thread makes it."""
     with _registering:
         if name in _registered:
             return
         torch.library.register_fake(f"sra_kernels::{name}", shapes)
-        torch.library.register_fake(f"sra_kernels::{name}_backward", gradient_shapes)
+        if gradient_shapes is not None:
+            torch.library.register_fake(f"sra_kernels::{name}_backward", gradient_shapes)
         torch.library.register_autograd(
             f"sra_kernels::{name}", backward, setup_context=keep_for_backward
         )

@@ -84,7 +84,7 @@ def _available_on(device_type: str, experts: int) -> bool:
 
 
 def _register() -> None:
-    register_operator("feed_forward", _shapes, _gradient_shapes, _backward, _keep_for_backward)
+    register_operator("feed_forward", _shapes, _backward, _keep_for_backward, _gradient_shapes)
 
 
 def _shapes(x: Tensor, gate: Tensor | None, up: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sra_ds.ops.linear import linear, outer_sum
 from sra_ds.ops.precision import at_least_float32
 
 IGNORED = -100
@@ -39,7 +40,7 @@ def linear_scores(
     for h_CD, targets_C in zip(
         h_ND.split(chunk_tokens), targets_N.split(chunk_tokens), strict=True
     ):
-        logits_CV = at_least_float32(h_CD @ weight_VD.T)
+        logits_CV = at_least_float32(linear(h_CD, weight_VD))
         nll_C = F.cross_entropy(logits_CV, targets_C, ignore_index=IGNORED, reduction="none")
         parts.append((nll_C, logits_CV.argmax(-1) == targets_C))
     nlls, hits = zip(*parts, strict=True)
@@ -66,20 +67,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide)
         for start in range(0, len(targets_N), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
-            h_CD, targets_C = h_ND[rows], targets_N[rows]
-            counted_C = targets_C != IGNORED
-            index_C1 = targets_C.clamp(min=0).unsqueeze(1)
-            logits_CV = at_least_float32(h_CD @ weight_VD.T)
-            lse_C = logits_CV.logsumexp(-1)
-            nll_N[rows] = (lse_C - logits_CV.gather(1, index_C1).squeeze(1)) * counted_C
-            grad_CV = logits_CV.sub_(lse_C.unsqueeze(1)).exp_()
-            grad_CV.scatter_add_(1, index_C1, grad_CV.new_full(index_C1.shape, -1.0))
-            grad_CV = grad_CV.mul_(counted_C.unsqueeze(1)).to(h_ND.dtype)
-            grad_h_ND[rows] = grad_CV @ weight_VD
-            if wide == h_ND.dtype:
-                grad_weight_VD.addmm_(grad_CV.T, h_CD)
-            else:
-                grad_weight_VD += grad_CV.T @ h_CD
+            h_CD = h_ND[rows]
+            logits_CV = at_least_float32(linear(h_CD, weight_VD))
+            nll_N[rows], grad_CV = _losses_and_gradient_in_place(logits_CV, targets_N[rows])
+            del logits_CV
+            grad_CV = grad_CV.to(h_ND.dtype)
+            grad_h_ND[rows] = linear(grad_CV, weight_VD.T)
+            grad_weight_VD += outer_sum(grad_CV, h_CD)
+            del grad_CV  # before the next one is made
         ctx.save_for_backward(grad_h_ND, grad_weight_VD.to(weight_VD.dtype))
         ctx.mark_non_differentiable(nll_N)
         return nll_N.sum(), nll_N
@@ -90,3 +85,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_h_ND, grad_weight_VD = ctx.saved_tensors
         scale = grad_sum.to(grad_h_ND.dtype)
         return grad_h_ND * scale, grad_weight_VD * scale, None, None
+
+
+def _losses_and_gradient_in_place(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of each token, and the gradient of their sum in the place of the logits."""
+    counted_C1 = (targets_C != IGNORED).to(logits_CV.dtype).unsqueeze(1)
+    index_C1 = targets_C.clamp(min=0).unsqueeze(1)
+    right_C1, largest_C1 = logits_CV.gather(1, index_C1), logits_CV.amax(1, keepdim=True)
+    grad_CV = logits_CV.sub_(largest_C1).exp_()
+    sum_C1 = grad_CV.sum(1, keepdim=True)
+    nll_C1 = (largest_C1 + sum_C1.log() - right_C1) * counted_C1
+    grad_CV.mul_(counted_C1 / sum_C1).scatter_add_(1, index_C1, -counted_C1)
+    return nll_C1.squeeze(1), grad_CV

@@ -202,9 +202,9 @@ def _available_on(device_type: str) -> bool:
         register_operator(
             "prime_blocks",
             lambda x, blocks, primes, rows, first: x.new_empty(x.shape[0], rows),
-            lambda grad, x, blocks, primes, first: (torch.empty_like(x), torch.empty_like(blocks)),
             _compiled_backward,
             _keep_for_backward,
+            lambda grad, x, blocks, primes, first: (torch.empty_like(x), torch.empty_like(blocks)),
         )
     return available
 

@@ -218,12 +218,14 @@ def _hidden(config: FeedForwardConfig, case: Case, experts: bool = False) -> flo
 
 
 def _logits(case: Case) -> int:
-    """A chunk's logits and their exponentials, with several chunks also the chunk's before, in float32;
-    and the gradient of the table in float32."""
+    """A chunk's logits, which become their gradient, in float32 and in the model's numbers, if other; and
+    the gradient of the table in float32, with what is added to it."""
     model, w = case.recipe.model, case.width
-    chunk, vocabulary = model.head.chunk_tokens, case.recipe.data.tokenizer.vocab_size
-    chunks = 3 if case.tokens > chunk else 2
-    table = vocabulary * _table_width(case) * (FLOAT + (w if w < FLOAT else 0))
+    vocabulary = case.recipe.data.tokenizer.vocab_size
+    chunk = min(case.tokens, model.head.chunk_tokens) * vocabulary
+    table = vocabulary * _table_width(case)
+    narrow = w if w < FLOAT else 0
+    most = max(chunk * (FLOAT + narrow), chunk * w + table * w)
     if isinstance(model.embedding, HarmonicsConfig) and model.embedding.coefficients == "polar":
-        table += vocabulary * _table_width(case) * w  # made anew
-    return min(case.tokens, chunk) * vocabulary * FLOAT * chunks + table
+        most += table * w  # made anew
+    return most + table * FLOAT

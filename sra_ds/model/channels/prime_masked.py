@@ -7,12 +7,12 @@ control.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sra_ds.config.model import PrimeMaskedChannelConfig
 from sra_ds.model.channels.dense import DenseChannel
-from sra_ds.moe.experts import ResidualLinear
+from sra_ds.moe.linear import Linear, ResidualLinear
+from sra_ds.ops.linear import linear
 from sra_ds.ops.prime_blocks import BlockPlan, prime_block_product
 from sra_ds.ops.prime_mask import prime_mask, random_mask
 
@@ -20,7 +20,7 @@ from sra_ds.ops.prime_mask import prime_mask, random_mask
 class SparseLinear(nn.Module):
     """What both ways share: sizes, the mask's pattern, the bias."""
 
-    def __init__(self, dense: nn.Linear, config: PrimeMaskedChannelConfig) -> None:
+    def __init__(self, dense: Linear, config: PrimeMaskedChannelConfig) -> None:
         super().__init__()
         self.rows, self.columns, self.config = dense.out_features, dense.in_features, config
         self.residual = isinstance(dense, ResidualLinear)
@@ -45,7 +45,7 @@ class MaskedLinear(SparseLinear):
 
     mask: Tensor
 
-    def __init__(self, dense: nn.Linear, config: PrimeMaskedChannelConfig) -> None:
+    def __init__(self, dense: Linear, config: PrimeMaskedChannelConfig) -> None:
         super().__init__(dense, config)
         self.weight = nn.Parameter(torch.empty(self.rows, self.columns))
         mask = torch.empty(self.rows, self.columns, dtype=torch.bool)
@@ -57,13 +57,13 @@ class MaskedLinear(SparseLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """The dense product of the masked weight."""
-        return F.linear(x, self.weight * self.mask, self.bias)
+        return linear(x, self.weight * self.mask, self.bias)
 
 
 class BlockLinear(SparseLinear):
     """The same from the live weights alone, in the order of the mask's rows."""
 
-    def __init__(self, dense: nn.Linear, config: PrimeMaskedChannelConfig) -> None:
+    def __init__(self, dense: Linear, config: PrimeMaskedChannelConfig) -> None:
         super().__init__(dense, config)
         self.values = nn.Parameter(torch.empty(self.live))
         self.plan = self.make_plan()
@@ -89,5 +89,5 @@ class PrimeMaskedChannel(DenseChannel):
         super().__init__(config, width)
         sparse = STORAGES[config.storage]
         for name, dense in list(self.feed_forward.named_children()):
-            assert isinstance(dense, nn.Linear)
+            assert isinstance(dense, Linear)
             setattr(self.feed_forward, name, sparse(dense, config))

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from sra_ds.config.model import PrimeHilbertEmbeddingConfig
 from sra_ds.model.embeddings.rank import MEASURED_TOKENS, effective_rank
 from sra_ds.model.facts import Facts
+from sra_ds.moe.linear import Linear
 from sra_ds.ops.precision import widest
 
 TABLE_STD = 0.02
@@ -44,8 +45,8 @@ class PrimeHilbertEmbedding(nn.Module):
         self.token_strength = nn.Parameter(torch.empty(len(self.sizes)))
         self.position_strength = nn.Parameter(torch.empty(len(self.sizes)))
         self.subspace_norms = nn.ModuleList(nn.LayerNorm(size) for size in self.sizes)
-        self.out = nn.Linear(sum(self.sizes), width)
-        self.skip = nn.Linear(config.table_width, width, bias=False) if config.token_skip else None
+        self.out = Linear(sum(self.sizes), width)
+        self.skip = Linear(config.table_width, width, bias=False) if config.token_skip else None
         self.head_map_UD = nn.Parameter(torch.empty(config.table_width, width))
 
     def forward(self, ids_BT: Tensor, positions_BT: Tensor) -> tuple[Tensor, Facts]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sra_ds.config.model import PreManifestHeadConfig
 from sra_ds.model.facts import Facts
 from sra_ds.model.heads.tied import HeadOutput, TiedTable, score
-from sra_ds.moe.experts import ZeroLinear
+from sra_ds.moe.linear import ZeroLinear
 from sra_ds.ops.candidates import candidates, mean_candidate
 from sra_ds.ops.linear_cross_entropy import linear_cross_entropy
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from sra_ds.config.model import TiedHeadConfig
 from sra_ds.model.facts import Facts
+from sra_ds.ops.linear import linear
 from sra_ds.ops.linear_cross_entropy import linear_cross_entropy, linear_scores
 from sra_ds.ops.precision import at_least_float32
 
@@ -48,7 +49,7 @@ def score(
 ) -> HeadOutput:
     """The fully normalised distribution of h @ weight.T, or with targets their loss under it."""
     if targets_N is None:
-        return HeadOutput(logits_NV=at_least_float32(h_ND @ weight_VD.T))
+        return HeadOutput(logits_NV=at_least_float32(linear(h_ND, weight_VD)))
     if torch.is_grad_enabled():
         loss_sum, nll_N = linear_cross_entropy(h_ND, weight_VD, targets_N, chunk_tokens)
         return HeadOutput(loss_sum=loss_sum, nll_N=nll_N)

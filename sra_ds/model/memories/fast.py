@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sra_ds.config.model import FastWeightsConfig, PersistentMemoryConfig
 from sra_ds.model.context import Context
 from sra_ds.model.facts import Facts
-from sra_ds.moe.experts import ZeroLinear
+from sra_ds.moe.linear import Linear, ZeroLinear
 from sra_ds.ops.delta_rule import delta_rule
 from sra_ds.ops.delta_rule_fla import delta_rule_fla
 from sra_ds.ops.precision import at_least_float32
@@ -33,8 +33,8 @@ class FastMemory(nn.Module):
         super().__init__()
         self.config = config
         inner = config.heads * config.head_width
-        self.qkv = nn.Linear(width, 3 * inner, bias=False)
-        self.write = nn.Linear(width, config.heads)
+        self.qkv = Linear(width, 3 * inner, bias=False)
+        self.write = Linear(width, config.heads)
         self.decay_logit = nn.Parameter(torch.empty(config.heads))
         self.out = ZeroLinear(inner, width, bias=False)
         self.register_buffer("start_state_HCC", None)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sra_ds.config.model import CosineRouterConfig, StaticMemoryConfig
 from sra_ds.model.context import Context
 from sra_ds.model.facts import Facts, sum_over_valid
-from sra_ds.moe.experts import ZeroLinear
+from sra_ds.moe.linear import Linear, ZeroLinear
 from sra_ds.moe.routers import CosineRouter
 from sra_ds.moe.routing import Routing
 from sra_ds.ops.precision import at_least_float32
@@ -32,11 +32,11 @@ class StaticMemory(nn.Module):
         super().__init__()
         self.config = config
         slots = CosineRouterConfig(gate="selected", initial_temperature=config.temperature)
-        self.key = nn.Linear(width, config.key_width, bias=False)
+        self.key = Linear(width, config.key_width, bias=False)
         self.router = CosineRouter(slots, config.key_width, config.slots, config.best)
         self.values = nn.Parameter(torch.empty(config.slots, config.value_width))
-        self.adapter = nn.Linear(config.value_width, config.rank)
-        self.down = nn.Linear(width, config.rank, bias=False)
+        self.adapter = Linear(config.value_width, config.rank)
+        self.down = Linear(width, config.rank, bias=False)
         self.up = ZeroLinear(config.rank, width, bias=False)
 
     def forward(

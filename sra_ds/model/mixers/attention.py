@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sra_ds.config.model import AttentionConfig, HeadsConfig
 from sra_ds.model.context import Context
 from sra_ds.model.facts import Facts
-from sra_ds.moe.experts import ResidualLinear
+from sra_ds.moe.linear import Linear, ResidualLinear
 from sra_ds.ops.precision import widest
 
 Angles = tuple[Tensor, Tensor]
@@ -23,7 +23,7 @@ class HeadsMixer(nn.Module):
     def __init__(self, config: HeadsConfig, width: int) -> None:
         super().__init__()
         self.config = config
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = Linear(width, 3 * width)
         self.out = ResidualLinear(width, width)
 
     def project(

@@ -13,7 +13,7 @@ from sra_ds.config.model import ConvolutionConfig
 from sra_ds.model.context import Context
 from sra_ds.model.facts import Facts
 from sra_ds.model.mixers.past import Cache, filterable, with_past
-from sra_ds.moe.experts import ResidualLinear
+from sra_ds.moe.linear import Linear, ResidualLinear
 from sra_ds.ops.causal_filter import causal_filter
 from sra_ds.ops.precision import at_least_float32
 
@@ -24,7 +24,7 @@ class Convolution(nn.Module):
     def __init__(self, config: ConvolutionConfig, width: int) -> None:
         super().__init__()
         self.taps_KD = nn.Parameter(torch.empty(config.taps, width))
-        self.gates = nn.Linear(width, width)
+        self.gates = Linear(width, width)
         self.out = ResidualLinear(width, width)
 
     def forward(self, x_BTD: Tensor, context: Context, cache: Cache = None) -> tuple[Tensor, Facts]:

@@ -13,7 +13,7 @@ of a head, J levels, K taps, M keys that are kept.
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sra_ds.config.model import WaveAttentionConfig
 from sra_ds.model.context import Context
@@ -22,6 +22,7 @@ from sra_ds.model.mixers.attention import HeadsMixer, attend, rotate
 from sra_ds.model.mixers.bands import filter_penalty, measure, split_bands
 from sra_ds.model.mixers.filters import LowPass
 from sra_ds.model.mixers.past import Cache, filterable, with_past
+from sra_ds.moe.linear import Linear
 from sra_ds.ops.precision import at_least_float32
 
 
@@ -32,7 +33,7 @@ class WaveAttention(HeadsMixer):
         super().__init__(config, width)
         self.levels, self.dropout = config.levels, config.dropout
         self.low_pass = LowPass(config)
-        self.band_gates = nn.Linear(width, config.levels + 1)
+        self.band_gates = Linear(width, config.levels + 1)
 
     def forward(self, x_BTD: Tensor, context: Context, cache: Cache = None) -> tuple[Tensor, Facts]:
         """Attend to each band; `cache` keeps its keys and values and what the filters still need."""

@@ -14,10 +14,10 @@ from sra_ds.model.facts import Facts
 from sra_ds.model.mixers.bands import decompose, filter_penalty, measure
 from sra_ds.model.mixers.filters import LowPass
 from sra_ds.model.mixers.past import Cache, filterable
-from sra_ds.moe.experts import ResidualLinear
+from sra_ds.moe.linear import Linear, ResidualLinear
 
 
-class BandGates(nn.Linear):
+class BandGates(Linear):
     """A gate for every channel of every band."""
 
     def __init__(self, width: int, bands: int) -> None:
