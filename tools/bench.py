@@ -6,11 +6,13 @@ scaling   throughput of two processes over one, one thread and the same batch ea
 memory    peak memory of one training step, in plain torch and at ZeRO-2, each in a fresh process
 router    the compiled routing operator against the usual chain of torch calls; router-grid: all sizes
 experts   the compiled experts against grouped products, a loop, AutoEP and one large product
+linear    linear layers and the head's loss, compiled against torch
 latency   milliseconds to the first token and the next; mixer, bands, channel: parts against plain ones
 """
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,44 +25,42 @@ ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("0", "1", "2", "3")
 RECIPES = dict.fromkeys(("step", "backends", "scaling"), ("sra-small", "dense-small"))
 RECIPES |= {"memory": ("sra-128e",), "latency": ("spectral-8m", "spectral-8m-token")}
-ROUTERS, PARTS = ("router", "router-grid"), ("mixer", "bands", "channel")
+OPERATORS, PARTS = ("router", "router-grid", "experts", "linear"), ("mixer", "bands", "channel")
 
 
 def main() -> int:
     """Parse and run."""
     parser = cli.parser(__doc__ or "")
-    parser.add_argument("what", choices=(*RECIPES, *ROUTERS, "experts", *PARTS))
+    parser.add_argument("what", choices=(*RECIPES, *OPERATORS, *PARTS))
     parser.add_argument("--recipes", nargs="+", help="the recipe, then its dense twin")
     parser.add_argument("--batch", type=cli.at_least(1), help="windows a step, for backends")
     parser.add_argument("--stages", nargs="*", choices=STAGES, default=STAGES[:3], help="for step")
     parser.add_argument("--rounds", type=cli.at_least(1), default=7)
     parser.add_argument("--micro-batch", type=cli.at_least(1), default=2, help="for memory")
-    parser.add_argument("--one", choices=("torch", *STAGES), help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=("torch", "2"), help=argparse.SUPPRESS)
     return cli.run(parser.parse_args(), command, cli.show_tree)
 
 
 def command(arguments: argparse.Namespace) -> dict[str, Any]:
     """Dispatch to the measurement."""
     prepare_process()  # before DeepSpeed is imported, which reads the environment
-    from sra_ds.benchmarks import backends, experts, latency, memory, parts, router, scaling, step
+    from sra_ds.benchmarks import backends, experts, latency, linear, memory, parts, router, scaling
+    from sra_ds.benchmarks.step import bench_step
 
     what, rounds = arguments.what, arguments.rounds
-    if what == "experts":
-        return experts.bench_experts(rounds)
-    if what in ROUTERS:
-        return router.bench_router(rounds, grid=what == "router-grid")
+    grid = partial(router.bench_router, grid=True)
+    operators = (router.bench_router, grid, experts.bench_experts, linear.bench_linear)
+    if what in OPERATORS:
+        return operators[OPERATORS.index(what)](rounds)
     if what in PARTS:
         return parts.bench_parts(what, rounds)
     names = arguments.recipes or RECIPES[what]
     whole = ["training.precision=fp32", "training.micro_batch_size=0"]
     if what == "memory":
-        if not arguments.one:
-            return memory.in_fresh_processes(["--json", "--one"], ("torch", "2"))
         recipe = load_recipe(names[0], [*whole, f"training.batch_size={arguments.micro_batch}"])
-        config = None if arguments.one == "torch" else ds_config(arguments.one)
-        return memory.peak_memory_of_one_step(recipe, config)
+        return memory.bench_memory(recipe, {"torch": None, "2": ds_config("2")}, arguments.one)
     if what == "backends":
-        whole = [*whole[1:], *([f"training.batch_size={arguments.batch}"] * bool(arguments.batch))]
+        whole = whole[1:] + [f"training.batch_size={arguments.batch}"] * bool(arguments.batch)
     recipes = [load_recipe(name, whole) for name in names]
     if what == "backends":
         return backends.bench_backends(*recipes[:2], ds_config("2"), rounds)
@@ -69,7 +69,7 @@ def command(arguments: argparse.Namespace) -> dict[str, Any]:
     if what == "scaling":
         return scaling.bench_scaling(recipes[0], ds_config("2"), rounds)
     stages = {f"zero{stage}": ds_config(stage) for stage in arguments.stages}
-    return step.bench_step(recipes, stages, rounds)
+    return bench_step(recipes, stages, rounds)
 
 
 def ds_config(stage: str) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """What `tools/bench.py` measures: ratios within one process or one run, never times of their own.
 
-operators  router, experts        compiled operators beside other ways to compute the same
-parts      parts                  mixers and channels beside the plain ones they stand for
-steps      step, memory, backends, scaling    training steps of whole recipes
-words      latency                what a person waits for
+operators: router, experts, linear, compiled beside other ways to compute the same; parts: mixers and
+channels beside the plain ones they stand for; whole steps of recipes: step, memory, backends, scaling;
+what a person waits for: latency.
 """

@@ -15,6 +15,16 @@ from sra_ds.model.language_model import build_model
 from sra_ds.training.processes import start_processes
 
 
+def bench_memory(
+    recipe: Recipe, ds_configs: dict[str, dict[str, Any] | None], one: str | None
+) -> dict[str, Any]:
+    """The peak with each DeepSpeed configuration by its name, None being plain torch. This program is
+    called again for each, with `--json --one NAME`; `one` says that this is such a call."""
+    if one is None:
+        return in_fresh_processes(["--json", "--one"], list(ds_configs))
+    return peak_memory_of_one_step(recipe, ds_configs[one])
+
+
 def peak_memory_of_one_step(recipe: Recipe, ds_config: dict[str, Any] | None) -> dict[str, Any]:
     """Peak resident bytes of this process over one training step, and before the model was built.
     Call it in a fresh process. `ds_config` None is plain torch. On the CPU."""

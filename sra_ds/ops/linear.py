@@ -77,6 +77,11 @@ def _backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
 def outer_sum(left_NO: Tensor, right_NI: Tensor) -> Tensor:
     """left.T @ right, O x I: the sum of outer products of rows, as of a weight's gradient. Perhaps
     a transposed view: oneDNN is at its best with the wider of the two in the place of the weight."""
-    if left_NO.shape[1] > right_NI.shape[1] and runs_compiled(right_NI.T, left_NO.T):
-        return linear(right_NI.T, left_NO.T).T
-    return linear(left_NO.T, right_NI.T)
+    if not runs_compiled(left_NO, right_NI):
+        return left_NO.T @ right_NI
+    operator = torch.ops.sra_kernels.linear.default
+    if left_NO.shape[1] > right_NI.shape[1]:
+        turned_IO: Tensor = operator(right_NI.T, left_NO.T, None)
+        return turned_IO.T
+    sum_OI: Tensor = operator(left_NO.T, right_NI.T, None)
+    return sum_OI

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sra_ds.benchmarks import experts, router
+from sra_ds.benchmarks import experts, linear, router
 from sra_ds.ops.cosine_route import cosine_route_reference
 
 NAMES = ("forward", "with backward")
@@ -14,6 +14,9 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     size = router.RouterSize(12, 8, 5, 2)
     monkeypatch.setattr(router, "ONE", {"cpu": [size]})
     monkeypatch.setattr(router, "GRID", [size, router.RouterSize(12, 8, 6, 1)])
+    small = linear.LinearSize(20, 8, 12)
+    monkeypatch.setattr(linear, "LAYERS", [small, linear.LinearSize(20, 12, 8)])
+    monkeypatch.setattr(linear, "HEADS", [small])
     monkeypatch.setattr(experts, "SIZES", [experts.ExpertsSize(40, 48, 96, 4)])
 
 
@@ -37,6 +40,15 @@ def test_the_chain_routes_as_the_operator_does() -> None:
     routing, _ = cosine_route_reference(x_TD, anchors_ED, tau, 2, "all")
     torch.testing.assert_close(gates_TK, routing.gates_TK)
     torch.testing.assert_close(mean_probs_E, routing.mean_probs_E)
+
+
+def test_layers_and_heads_are_timed_beside_torch() -> None:
+    found = linear.bench_linear(1)
+    assert found.pop("kernels") and found.pop("threads")
+    assert len(found) == 3 and sum(name.endswith("head") for name in found) == 1
+    for one in found.values():
+        times = one["milliseconds"]
+        assert one["torch_over_compiled"] == times["torch"] / times["compiled"]
 
 
 def test_experts_are_timed_beside_a_ceiling() -> None:

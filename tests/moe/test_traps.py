@@ -277,7 +277,7 @@ def check_calls(kind: str, products: int, router: str, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(functional, "grouped_mm", counted)
     forward, backward = {}, {}
-    for experts in (4, 8, 32):
+    for experts in (12, 16, 32):  # more than the width
         expert = {"kind": kind, "hidden": 16, "dropout": 0.0}
         config = MoEChannelConfig(experts=experts, top_k=2, expert=expert, router=router)
         layer = randomise(MoELayer(config, 8))
@@ -295,8 +295,8 @@ def check_calls(kind: str, products: int, router: str, monkeypatch: pytest.Monke
             assert len(products_run) == 3 * products
         forward[experts], backward[experts] = sorted(calls.names), sorted(backward_calls.names)
         assert "_local_scalar_dense" not in calls.names + backward_calls.names
-    assert forward[4] == forward[8] == forward[32]
-    assert backward[4] == backward[8] == backward[32]
+    assert forward[12] == forward[16] == forward[32]
+    assert backward[12] == backward[16] == backward[32]
 
 
 def test_trap_v2_1_the_hidden_size_of_the_recipe_is_the_one_that_is_built(
