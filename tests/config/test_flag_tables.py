@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -47,6 +48,22 @@ def test_every_flag_of_spectral_llm_leads_to_a_key(flag: str, ours: str) -> None
         assert given
     elif value:
         assert_set(recipe.model_dump(), ours, value)
+
+
+@pytest.mark.parametrize("flag, ours", flags("resonance.md"), ids=lambda value: value.split("=")[0])
+def test_every_setting_of_the_resonance_sketch_leads_to_a_key(flag: str, ours: str) -> None:
+    own = ["model.memory=static", "model.width=768"]
+    found: Any = load_recipe("resonance-8m", [*own, ours]).model_dump(mode="json")
+    key, given = ours.split("=")
+    for part in key.split("."):
+        found = found[part]
+    flag, _, value = flag.partition("=")
+    if flag in ("max_iterations", "entropy_threshold"):  # of another scale there
+        assert str(found) == given != value
+    elif flag not in ("use_prime_mask", "enable_hcw"):
+        assert given == value
+        expected = yaml.safe_load(value)
+        assert found == (expected if isinstance(expected, list) else float(expected))
 
 
 @pytest.mark.parametrize("flag, ours", flags("sra.md"), ids=lambda value: value.split("=")[0])
