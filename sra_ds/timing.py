@@ -25,12 +25,13 @@ def in_turn(
     clock: Clock | None = None,
     renew: Callable[[int], object] = lambda number: None,
 ) -> Times:
-    """Time each of the works once a round; `renew(number)` comes before each round and is not timed."""
+    """Time each of the works once a round; `renew(number)` of the round comes before each of them and is
+    not timed."""
     clock = clock or wall_clock
     times: Times = {name: [] for name in works}
     for number in tqdm(range(rounds + WARM_UP), "rounds", leave=False):
-        renew(number)
         for name, work in works.items():
+            renew(number)
             found = clock(work)
             if number >= WARM_UP:
                 times[name].append(found)

@@ -21,6 +21,14 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_product_too_small() -> Iterator[None]:
+    """Models here go through the operators that models of real size go through."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sra_ds.ops.linear.LEAST_WORK", 0)
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def given_back() -> Iterator[None]:
     """What a module's largest models took is not kept for the modules after it."""

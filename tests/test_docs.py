@@ -1,10 +1,9 @@
-"""Every command of the README and of the pages in docs/ is run, in the order of its page, by the shell,
+"""Every sh block of the README and of the pages in docs/ is run, in the order of its page, by the shell,
 in a folder where what it names is there; training only as far as --dry-run goes, but in the tutorial.
 """
 
 import json
 import lzma
-import os
 import random
 import re
 import subprocess
@@ -16,7 +15,7 @@ import torch
 import yaml
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from commands import BIN, RECIPE, ROOT, environment, train
+from commands import RECIPE, ROOT, environment, train
 from sra_ds.config.loading import merge
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -105,7 +104,7 @@ def shell(desk: Path, tmp_path: Path) -> Callable[..., None]:
         result = subprocess.run(
             ["bash", "-c", line],
             cwd=desk,
-            env={**environment(), **variables, **others, "PATH": f"{BIN}{os.pathsep}/usr/bin:/bin"},
+            env={**environment(), **variables, **others},
             capture_output=True, text=True, timeout=600, check=False,
         )  # fmt: skip
         refusal = next((why for what, why in REFUSED.items() if what in line), "")
@@ -116,7 +115,9 @@ def shell(desk: Path, tmp_path: Path) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda p: p.stem)
-def test_the_commands_of_a_page_work(page: Path, desk: Path, shell: Callable[..., None]) -> None:
+def test_the_commands_of_a_page_work(
+    page: Path, desk: Path, shell: Callable[..., None], tmp_path: Path
+) -> None:
     PREPARE.get(page.stem, lambda desk, shell: None)(desk, shell)
     run = {"RUN": str(desk / "resonant")} if page.stem == "resonance" else {}
     for line in commands(page):
@@ -126,6 +127,9 @@ def test_the_commands_of_a_page_work(page: Path, desk: Path, shell: Callable[...
             shell(line.replace("--recipe quickstart", "--recipe tiny.yaml"), RUN="tutorial")
         else:
             shell(line + " --dry-run" * ("launch/train.py" in line and "--dry" not in line), **run)
+    if page.stem == "tutorial":
+        left = {path.suffix for path in tmp_path.iterdir()}
+        assert {".html", ".json"} <= left and (desk / "tutorial" / "report.html").is_file()
 
 
 def prepare_export(desk: Path, shell: Callable[..., None]) -> None:

@@ -15,7 +15,7 @@ def test_every_work_takes_its_turn_and_the_first_rounds_do_not_count() -> None:
         return float(next(clock))
 
     times = in_turn(works, 2, counting, order.append)
-    assert order == [part for number in range(WARM_UP + 2) for part in (number, "a", "b")]
+    assert order == [part for number in range(WARM_UP + 2) for part in (number, "a", number, "b")]
     assert times == {"a": [4.0, 6.0], "b": [5.0, 7.0]}
     assert medians(times) == {"a": 5.0, "b": 6.0}
 

@@ -17,9 +17,12 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias)
   STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1),
                   "linear: x N x I and a weight O x I expected, got ", shape(x), " and ", shape(weight));
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && weight.scalar_type() == ScalarType::Float &&
-                      readable(bias, ScalarType::Float, {weight.size(0)}, x),
-                  "linear: float32 expected, and a bias for each row of the weight");
-  const OptionalTensor added = bias.has_value() ? OptionalTensor(detached(*bias)) : std::nullopt;
+                      (!bias.has_value() || bias->scalar_type() == ScalarType::Float),
+                  "linear: float32 expected");
+  STD_TORCH_CHECK(!bias.has_value() || has_shape(*bias, {weight.size(0)}), "linear: a bias for each of the ",
+                  weight.size(0), " rows of the weight expected");
+  const OptionalTensor added =
+      bias.has_value() ? OptionalTensor(torch::stable::contiguous(detached(*bias))) : std::nullopt;
   return product(plain(x), transposed(plain(weight)), added);
 }
 

@@ -13,6 +13,8 @@ namespace detail = torch::stable::detail;
 
 constexpr int64_t kRowsTogether = 8;
 
+std::atomic<bool> onednn_is_there{true};
+
 // The operator torch's own compiler uses for linear layers on the CPU; false if this torch has another.
 bool onednn_product(const Tensor& left, const Tensor& right, const OptionalTensor& bias, Tensor* result) {
   std::array<StableIValue, 6> stack{detail::from(left),
@@ -34,17 +36,16 @@ bool onednn_is_faster() {
     __builtin_cpu_init();
     return __builtin_cpu_is("amd") && __builtin_cpu_supports("avx512f");
   }();
-  return faster;
+  return faster && onednn_is_there;
 #else
   return false;
 #endif
 }
 
 Tensor product(const Tensor& left, const Tensor& right, const OptionalTensor& bias) {
-  static std::atomic<bool> onednn_is_there{true};
   const bool any = left.size(0) > 0 && left.size(1) > 0 && right.size(1) > 0;
   Tensor result;
-  if (any && onednn_is_faster() && left.scalar_type() == ScalarType::Float && onednn_is_there) {
+  if (any && onednn_is_faster() && left.scalar_type() == ScalarType::Float) {
     if (onednn_product(left, right, bias, &result)) return result;
     onednn_is_there = false;
   }

@@ -90,12 +90,11 @@ def steps_in_turn(
     steps: dict[str, Step], recipe: Recipe, device: torch.device, rounds: int
 ) -> Times:
     """One step of each variant a round, all on the same batch."""
-    size = recipe.training.batch_size
-    batch = random_batch(recipe, size, 0)
+    batch: Batch
 
     def renew(number: int) -> None:
         nonlocal batch
-        batch = random_batch(recipe, size, number).to(device)
+        batch = random_batch(recipe, recipe.training.batch_size, number).to(device)
 
     works = {name: lambda step=step: step(batch) for name, step in steps.items()}
     return in_turn(works, rounds, renew=renew)

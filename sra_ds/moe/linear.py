@@ -1,4 +1,6 @@
-"""Linear layers: torch's, by the faster product of this CPU, and two that start otherwise."""
+"""Linear layers of the whole model: torch's, by the faster product of this CPU, and two that start
+otherwise. They are here because experts need them, too, and `moe` does not import `model`.
+"""
 
 from torch import Tensor, nn
 

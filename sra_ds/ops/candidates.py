@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sra_ds.ops.linear import linear
 from sra_ds.ops.precision import at_least_float32
 
 
@@ -29,7 +30,7 @@ def candidates(u_ND: Tensor, weight_VD: Tensor, count: int, chunk_tokens: int) -
     """At most `chunk_tokens` x V logits exist at a time; `count` <= V."""
     parts = []
     for u_CD in u_ND.split(chunk_tokens):
-        logits_CV = at_least_float32(u_CD @ weight_VD.T)
+        logits_CV = at_least_float32(linear(u_CD, weight_VD))
         logits_CM, ids_CM = logits_CV.topk(count)
         below_CV = logits_CV.sub_(logits_CM[:, :1])
         weights_CV = below_CV.exp()

@@ -4,8 +4,8 @@
     linear_reference  torch's own, which defines it
 
 On a CPU torch multiplies float32 by MKL, which runs at half of oneDNN's speed on AMD processors with
-AVX-512. There the compiled operator takes oneDNN; everywhere else both are the same call. Letters: N
-rows, I and O widths in and out.
+AVX-512. There the compiled operator takes oneDNN; everywhere else both are the same call. `torch.func`
+does not differentiate the operator. Letters: N rows, I and O widths in and out.
 """
 
 from typing import Any
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from sra_ds.ops.extension import constant_when_compiled, extension, register_operator
 
-FEW_ROWS = 16
-"""With fewer, what oneDNN does before it multiplies takes longer than the product."""
+LEAST_WORK = 2**20
+"""Multiplications. With fewer, what oneDNN does before the first takes longer than the product."""
 
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -28,17 +28,22 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
     return y_NO.view(*x.shape[:-1], len(weight_OI))
 
 
-linear_reference = F.linear
+def linear_reference(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """Definition of `linear`. Looked up at each call: at ZeRO-3 DeepSpeed puts another in the place of
+    `F.linear`, which does not keep the gathered weight for the backward pass."""
+    return F.linear(x, weight_OI, bias_O)
 
 
 def runs_compiled(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> bool:
     """Whether the compiled operator takes these inputs, and is worth it."""
     given = [x, weight_OI] if bias_O is None else [x, weight_OI, bias_O]
     return (
-        _available_on(x.device.type)
+        x.ndim > 1
+        and weight_OI.ndim == 2
+        and (bias_O is None or bias_O.shape == weight_OI.shape[:1])
+        and x.numel() * len(weight_OI) >= LEAST_WORK
         and all(tensor.dtype == torch.float32 for tensor in given)
-        and x.ndim > 1
-        and x.shape[:-1].numel() >= FEW_ROWS
+        and _available_on(x.device.type)
         and not torch.is_autocast_enabled(x.device.type)
     )
 

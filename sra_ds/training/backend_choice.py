@@ -78,10 +78,10 @@ def choose_backend(
             return Choice(min(names, key=lambda name: float(found[name])), found, False)
     except (OSError, ValueError):
         pass  # not measured yet
-    medians = _measure(recipe, tokens, device, dtype, names)
+    milliseconds = _measure(recipe, tokens, device, dtype, names)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(medians))
-    return Choice(min(names, key=lambda name: medians[name]), medians, True)
+    write_atomically(path, json.dumps(milliseconds))
+    return Choice(min(names, key=lambda name: milliseconds[name]), milliseconds, True)
 
 
 def _measure(

@@ -90,7 +90,9 @@ def test_comparisons_are_one_call(start, script, out):
     code, calls = start(script)
     assert code == 0 and calls == [called.format(seeds=19, out=out)]
     asked = ("--jobs", "3", "--set", "training.steps=20", "model.layers=1")
-    code, calls = start(script, *asked, SEEDS="0,1", OUT="here")
+    variables = {"SEEDS": "0,1", "OUT": "here", "DEEPSPEED": "mine.json"}
+    code, calls = start(script, *asked, **variables)
+    called = called.replace("ds_configs/zero2.json", "mine.json")
     words = "--set training.steps=20 model.layers=1 --jobs 3"
     assert code == 0 and calls == [f"{called.format(seeds='0,1', out='here')} {words}"]
 

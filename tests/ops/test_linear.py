@@ -4,14 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from sra_ds.ops import linear as module
 from sra_ds.ops.extension import extension, use_kernels
-from sra_ds.ops.linear import FEW_ROWS, linear, linear_reference, outer_sum, runs_compiled
+from sra_ds.ops.linear import LEAST_WORK, linear, linear_reference, outer_sum, runs_compiled
 
 SIZES = [(16, 8, 8), (37, 24, 40), (130, 40, 24), (64, 1, 3), (17, 3, 1), (33, 257, 96)]
 """Rows, widths in and out."""
 
 compiled = pytest.mark.skipif(
-    not runs_compiled(torch.empty(FEW_ROWS, 2), torch.empty(2, 2)),
+    not runs_compiled(torch.empty(1024, 1024), torch.empty(1024, 1024)),
     reason=f"MKL is no slower here, or {extension().reason}",
 )
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -29,7 +30,7 @@ def test_the_operator_cannot_have_been_left_out_by_accident() -> None:
     """What decides is the processor and the library alone."""
     if "cpu" in extension().devices:
         expected = bool(torch.ops.sra_kernels.onednn_is_faster())
-        assert runs_compiled(torch.empty(FEW_ROWS, 2), torch.empty(2, 2)) == expected
+        assert runs_compiled(torch.empty(16, 2), torch.empty(2, 2)) == expected
 
 
 @pytest.mark.parametrize("biased", [True, False])
@@ -89,12 +90,36 @@ def test_what_the_operator_is_not_for_goes_to_torch() -> None:
         torch.testing.assert_close(
             linear(x.to(other), weight.to(other)), (x.to(other) @ weight.to(other).T)
         )
-    assert not runs_compiled(x[: FEW_ROWS - 1], weight) and not runs_compiled(x[0], weight)
+    assert not runs_compiled(x[0], weight) and not runs_compiled(x, weight[0])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not runs_compiled(x, weight)
         assert linear(x, weight).dtype == torch.bfloat16
     with use_kernels("reference"):
         assert not runs_compiled(x, weight)
+
+
+@compiled
+def test_small_products_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LEAST_WORK", LEAST_WORK)
+    weight = torch.empty(64, 128)
+    rows = LEAST_WORK // weight.numel()
+    assert runs_compiled(torch.empty(rows, 128), weight)
+    assert not runs_compiled(torch.empty(rows - 1, 128), weight)
+
+
+def test_the_definition_is_what_torch_has_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO-3 replaces it."""
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, weight, bias: "another")
+    assert linear(torch.ones(2, 3).double(), torch.ones(4, 3).double()) == "another"
+
+
+@compiled
+def test_a_bias_may_be_a_view() -> None:
+    x, weight, bias = torch.randn(20, 8), torch.randn(6, 8), torch.randn(12)[::2]
+    torch.testing.assert_close(linear(x, weight, bias), x @ weight.T + bias, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(
+        linear(x, weight, bias[:1]), x @ weight.T + bias[:1], atol=2e-5, rtol=2e-5
+    )
 
 
 def test_wrong_shapes_are_told() -> None:

@@ -102,6 +102,7 @@ def test_resumed_in_the_middle_it_is_the_same_run(whole, tmp_path, name: str) ->
     result = train("--resume", "--run", run, stage=2)
     assert result.returncode == 0, result.stderr
     for mine, theirs in zip(step_lines(run), step_lines(uninterrupted), strict=True):
+        assert mine.keys() == theirs.keys()
         for key in TOLD & theirs.keys():
             assert mine[key] == theirs[key], key
     ours, theirs = (weights_of(folder) for folder in (run, uninterrupted))

@@ -77,7 +77,6 @@ def play(
         if "memory" in controllers:
             states = memory_states(model, random_batch(own, 8, number))
             controllers["memory"].on_step_end(number, Seen(memory_states_HCC=states))
-    assert losses[-1] != losses[0]
     return losses + set_by_controllers(module)
 
 

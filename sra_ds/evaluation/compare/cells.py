@@ -60,5 +60,7 @@ def read_sweep(name_or_file: str, overrides: Sequence[str], seeds: Sequence[int]
 
 
 def _cell(source: str, overrides: Sequence[str], seed: int) -> Cell:
+    if any(override.partition("=")[0].strip() == "training.seed" for override in overrides):
+        raise ConfigError("training.seed: seeds of a comparison are given by --seeds")
     asked = (*overrides, f"training.seed={seed}")
     return Cell(source, asked, load_recipe(source, list(asked)))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sra_ds.config.model import FactorisedEmbeddingConfig
 from sra_ds.model.facts import Facts
+from sra_ds.ops.linear import linear
 
 
 class FactorisedEmbedding(nn.Module):
@@ -25,12 +26,12 @@ class FactorisedEmbedding(nn.Module):
     def forward(self, ids_BT: Tensor, positions_BT: Tensor) -> tuple[Tensor, Facts]:
         """Vectors of the tokens; positions enter in the mixer."""
         del positions_BT
-        x_BTD = F.embedding(ids_BT, self.weight) @ self.map_RD
+        x_BTD = linear(F.embedding(ids_BT, self.weight), self.map_RD.T)
         return F.dropout(x_BTD, self.dropout, self.training), {}
 
     def output_factors(self, h_ND: Tensor) -> tuple[Tensor, Tensor]:
         """(h', W_V) such that the tied logits are h' @ W_V.T; h' has `table_width` columns."""
-        return h_ND @ self.map_RD.T, self.weight
+        return linear(h_ND, self.map_RD), self.weight
 
     def tied_parameters(self) -> list[nn.Parameter]:
         """Parameters the head reads (ZeRO-3 has to fetch them for it)."""

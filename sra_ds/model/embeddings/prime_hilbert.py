@@ -27,6 +27,7 @@ from sra_ds.config.model import PrimeHilbertEmbeddingConfig
 from sra_ds.model.embeddings.rank import MEASURED_TOKENS, effective_rank
 from sra_ds.model.facts import Facts
 from sra_ds.moe.linear import Linear
+from sra_ds.ops.linear import linear
 from sra_ds.ops.precision import widest
 
 TABLE_STD = 0.02
@@ -52,7 +53,7 @@ class PrimeHilbertEmbedding(nn.Module):
     def forward(self, ids_BT: Tensor, positions_BT: Tensor) -> tuple[Tensor, Facts]:
         """Vectors of tokens at positions."""
         u_BTU = F.embedding(ids_BT, self.weight) / TABLE_STD
-        tokens = (u_BTU @ self.subspaces_US).split(self.sizes, -1)
+        tokens = linear(u_BTU, self.subspaces_US.T).split(self.sizes, -1)
         parts = []
         for number, prime in enumerate(self.config.primes):
             code = position_codes(prime, ids_BT.device).to(u_BTU.dtype)[positions_BT % prime]
@@ -67,7 +68,7 @@ class PrimeHilbertEmbedding(nn.Module):
 
     def output_factors(self, h_ND: Tensor) -> tuple[Tensor, Tensor]:
         """(h', W_V) such that the tied logits are h' @ W_V.T; h' has `table_width` columns."""
-        return h_ND @ self.head_map_UD.T, self.weight
+        return linear(h_ND, self.head_map_UD), self.weight
 
     def tied_parameters(self) -> list[nn.Parameter]:
         """Parameters the head reads (ZeRO-3 has to fetch them for it)."""

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from sra_ds.config.model import HarmonicsConfig, HybridEmbeddingConfig
 from sra_ds.model.embeddings.rank import MEASURED_TOKENS, effective_rank
 from sra_ds.model.facts import Facts
+from sra_ds.ops.linear import linear
 from sra_ds.ops.precision import at_least_float32, widest
 
 
@@ -116,13 +117,13 @@ class SpectralEmbedding(Waves):
         """Vectors of the tokens; positions enter in the mixer."""
         del positions_BT
         c_BTM, basis_MD = self.table(ids_BT), self.basis()
-        x_BTD = c_BTM @ basis_MD
+        x_BTD = linear(c_BTM, basis_MD.T)
         facts = self.measure(c_BTM, x_BTD, basis_MD)
         return F.dropout(x_BTD, self.dropout, self.training), facts
 
     def output_factors(self, h_ND: Tensor) -> tuple[Tensor, Tensor]:
         """(h', W_V) such that the tied logits are h' @ W_V.T; h' has `table_width` columns."""
-        return h_ND @ self.basis().T, self.table()
+        return linear(h_ND, self.basis()), self.table()
 
 
 class HybridEmbedding(Waves):
@@ -147,7 +148,7 @@ class HybridEmbedding(Waves):
         del positions_BT
         token_BTD, c_BTM = self.table(ids_BT).tensor_split([self.own], -1)
         basis_MD, ratio = self.basis(), self.ratio()
-        x_BTD = (1 - ratio) * token_BTD + ratio * (c_BTM @ basis_MD)
+        x_BTD = (1 - ratio) * token_BTD + ratio * linear(c_BTM, basis_MD.T)
         facts = self.measure(c_BTM, x_BTD, basis_MD)
         facts["ratio"] = ratio.detach().float().squeeze()
         measured_ND = token_BTD.detach().flatten(0, 1)[:MEASURED_TOKENS]
@@ -157,7 +158,7 @@ class HybridEmbedding(Waves):
     def output_factors(self, h_ND: Tensor) -> tuple[Tensor, Tensor]:
         """(h', W_V) such that the tied logits are h' @ W_V.T; h' has `table_width` columns."""
         ratio = self.ratio()
-        own_NT = torch.cat([(1 - ratio) * h_ND, ratio * (h_ND @ self.basis().T)], -1)
+        own_NT = torch.cat([(1 - ratio) * h_ND, ratio * linear(h_ND, self.basis())], -1)
         return own_NT, self.table()
 
 
