@@ -29,9 +29,9 @@ STEPS = 8
 
 
 def bench_scaling(recipe: Recipe, ds_config: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """Median tokens per second of one process and of two, in turn, and the median ratio of a round. The
-    recipe's batch is a quarter of its own, per process."""
-    windows = max(1, recipe.training.batch_size // 4)
+    """Median tokens per second of one process and of two, in turn, and the median ratio of a round; each
+    process has the recipe's batch."""
+    windows = recipe.training.batch_size
     tokens = windows * recipe.data.sequence_length
     speeds: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(rounds):
