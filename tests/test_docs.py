@@ -32,6 +32,9 @@ RESONANT = (
 )
 LETTERS = ("A", "B", "G", "H", "VALID", "TEST")
 """Folders of texts, as the pages call them."""
+MANY = ("model.layers=4", "model.channel.experts=64", "model.channel.expert.hidden=8")
+"""As many as the pages speak of by their numbers."""
+RUNS = {"resonance": "resonant", "experts": "many", "export": "many"}
 PLACES = ("London", "Paris", "Vienna", "Boston", "Prague", "the village")
 DEEDS = ("moved to", "was born in", "came back from", "wrote a book about", "left")
 
@@ -68,24 +71,27 @@ def write_stories(path: Path, first: int, count: int) -> Path:
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that looks like the repository's root, with texts and runs under the names of the pages.
-    Its run has 64 experts in each of four layers, as those that the pages speak of."""
+    """A folder like the repository's root, with texts and runs under the names of the pages."""
     folder = tmp_path_factory.mktemp("desk")
     for name in ("README.md", "docs", "ds_configs", "launch", "sra_ds", "tools"):
         (folder / name).symlink_to(ROOT / name)
-    corpus = write_stories(folder / "stories.jsonl", 0, 300)
+    corpus = write_stories(folder / "stories.jsonl", 0, 120)
+    longer = write_stories(folder / "more-stories.jsonl", 0, 300)  # every expert has to get some
     for number, name in enumerate(TEXTS):
         write_stories(folder / name, 300 + 40 * number, 40)
     for number, name in enumerate(("formal.txt", "casual.txt")):
         (folder / name).write_text("\n".join(story(9000 + 30 * number + n) for n in range(30)))
     data = {"train": [str(corpus)], "directory": str(folder / "data"), "sequence_length": 128}
-    channel = {"experts": 64, "expert": {"kind": "gelu", "hidden": 8, "dropout": 0.0}}
-    overlay = {"data": data, "model": {"layers": 4, "channel": channel}}
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(merge(RECIPE, overlay)))
-    for name, parts in (("run", ()), ("resonant", RESONANT)):
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(merge(RECIPE, {"data": data})))
+    for name, parts in (
+        ("run", ()),
+        ("resonant", RESONANT),
+        ("many", (*MANY, f"data.train=[{longer}]")),
+    ):
         made = train("--recipe", folder / "tiny.yaml", "--run", folder / name, *parts, stage=2)
         assert made.returncode == 0, made.stderr
-    for name in ("RUN", "SRA", "STDMOE", "OTHER_RUN"):
+    (folder / "RUN").symlink_to(folder / "many")
+    for name in ("SRA", "STDMOE", "OTHER_RUN"):
         (folder / name).symlink_to(folder / "run")
     return folder
 
@@ -93,7 +99,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def shell(desk: Path, tmp_path: Path) -> Callable[..., None]:
     """`shell(line)` as a user would type it; `$OUT` is another one for each command that writes it."""
-    variables = {"RUN": str(desk / "run"), "OTHER": str(desk / "run"), "OUT": ""}
+    variables = {"OTHER": str(desk / "many"), "OUT": ""}
     made = 0
 
     def act(line: str, **others: str) -> None:
@@ -119,7 +125,7 @@ def test_the_commands_of_a_page_work(
     page: Path, desk: Path, shell: Callable[..., None], tmp_path: Path
 ) -> None:
     PREPARE.get(page.stem, lambda desk, shell: None)(desk, shell)
-    run = {"RUN": str(desk / "resonant")} if page.stem == "resonance" else {}
+    run = {"RUN": str(desk / RUNS.get(page.stem, "run"))}
     for line in commands(page):
         if any(program in line for program in ELSEWHERE):
             continue
@@ -133,7 +139,7 @@ def test_the_commands_of_a_page_work(
 
 
 def prepare_export(desk: Path, shell: Callable[..., None]) -> None:
-    shell("python tools/export_experts.py --run $RUN --out EXPORT --layer 2 --experts 0,7")
+    shell("python tools/export_experts.py --run many --out EXPORT --layer 2 --experts 0,7")
 
 
 def prepare_coherence(desk: Path, shell: Callable[..., None]) -> None:
