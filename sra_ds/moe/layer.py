@@ -1,4 +1,4 @@
-"""The routed layer: router -> experts -> (coupling) -> sum by the gates (+ shared expert).
+"""The routed layer: router -> experts -> (coupling) -> sum by the (scaled) gates (+ shared expert).
 
 Two ways through it. Closed: a backend dispatches, runs and combines, and only the sum is known. Opened,
 where something has to look at the output of every route (coupling, comparison of outputs, ghosts): the
@@ -93,10 +93,11 @@ class MoELayer(nn.Module):
         """Route once, run the experts."""
         routing: Routing = self.router(x_TD, given.valid_T, given.token_ids_T, given.keep_scores)
         facts: dict[str, Any] = {}
+        summed = scaled(routing, self.config.routed_scale)
         if self.opened:
-            out_TD, facts = _run(self._opened, given.recompute, x_TD, routing, given)
+            out_TD, facts = _run(self._opened, given.recompute, x_TD, summed, given)
         else:
-            out_TD = _run(self.backend, given.recompute, x_TD, routing)
+            out_TD = _run(self.backend, given.recompute, x_TD, summed)
         if self.shared_expert is not None:
             out_TD = out_TD + _run(self.shared_expert, given.recompute, x_TD)
         return out_TD, {"routing": routing, **facts}
@@ -167,6 +168,13 @@ class MoELayer(nn.Module):
             error = background_error(guess_TD, given.mixed_TD, given.valid_T)
             found["penalties"] = {**facts.get("penalties", {}), "ghost": error}
         return found
+
+
+def scaled(routing: Routing, by: str) -> Routing:
+    """`routing` with the gates its outputs are added up by (`MoEChannelConfig.routed_scale`)."""
+    top_k = routing.expert_ids_TK.shape[1]
+    factor = {"one": 1.0, "sqrt_k": top_k**0.5, "k": float(top_k)}[by]
+    return routing if factor == 1 else routing._replace(gates_TK=routing.gates_TK * factor)
 
 
 def _relative_size(change: Tensor, of: Tensor) -> Tensor:

@@ -45,6 +45,7 @@ VARIANTS = {
     "selected, k=1": ("moe-cosine", channel(top_k=1, router={"gate": "selected"})),
     "no bias": ("moe-linear", channel(expert={"bias": False}, router={"bias": False})),
     "all experts": ("moe-cosine", channel(top_k=4, shared_expert={"kind": "gelu", "hidden": 8})),
+    "scaled": ("moe-cosine", channel(top_k=3, routed_scale="k")),
     "dense swiglu": ("dense", channel(feed_forward={"kind": "swiglu", "hidden": 24})),
 }
 

@@ -1,5 +1,7 @@
 """The routed layer against a loop over equivalent networks, and recomputation."""
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,6 +27,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 EXPERTS, WIDTH = 5, 8
 GELU = {"kind": "gelu", "hidden": 16, "dropout": 0.0}
 SWIGLU = {"kind": "swiglu", "hidden": 16, "dropout": 0.0}
+SCALES: dict[str, Callable[[int], float]] = {"one": lambda k: 1, "sqrt_k": math.sqrt, "k": float}
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 5e-5}
 ROUTERS: list[dict[str, Any]] = [
     {"kind": "cosine"},
@@ -72,7 +75,8 @@ def run_loop(
     layer.zero_grad(set_to_none=True)
     (x_TD,) = leaves(x_TD)
     routing = layer.router(x_TD, None, ids_T)
-    out_TD = moe_loop(x_TD, routing.gates_TK, routing.expert_ids_TK, networks, layer.shared_expert)
+    gates_TK = routing.gates_TK * SCALES[layer.config.routed_scale](routing.gates_TK.shape[1])
+    out_TD = moe_loop(x_TD, gates_TK, routing.expert_ids_TK, networks, layer.shared_expert)
     (out_TD * weights_TD).sum().backward()
     found = {**gradients(layer), "x": x_TD.grad}
     for name, gradient in stacked_gradients(networks).items():
@@ -112,6 +116,34 @@ def test_layer_equals_the_loop_at_awkward_sizes(
     expert: dict[str, Any], tokens: int, top_k: int, dtype: torch.dtype
 ) -> None:
     compare_with_loop(layer_of(dtype, expert=expert, top_k=top_k), expert, tokens, dtype)
+
+
+@experts_of
+@pytest.mark.parametrize("top_k", [1, 3])
+@pytest.mark.parametrize("routed_scale", ["sqrt_k", "k"])
+def test_the_layer_with_scaled_gates_equals_the_loop(
+    expert: dict[str, Any], top_k: int, routed_scale: str
+) -> None:
+    layer = layer_of(
+        expert=expert, top_k=top_k, shared_expert=GELU, routed_scale=routed_scale,
+        router={"gate": "selected"},
+    )  # fmt: skip
+    compare_with_loop(layer, expert, 63, torch.float64)
+    told_T = layer(inputs(5)[0])[1]["routing"].gates_TK.sum(-1)
+    torch.testing.assert_close(told_T, torch.ones_like(told_T))
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_experts_scaled_by_k_add_up_as_parts_of_one_network(opened: bool) -> None:
+    layer = layer_of(
+        top_k=EXPERTS, routed_scale="k", router={"kind": "hash"}, compare_outputs=opened
+    )
+    assert layer.opened is opened
+    x_TD, ids_T = inputs(9)
+    networks = unstack(layer.backend.experts, parse(GELU), WIDTH)
+    expected_TD = torch.stack([network(x_TD) for network in networks]).sum(0)
+    out_TD, _ = layer(x_TD, Given(token_ids_T=ids_T))
+    torch.testing.assert_close(out_TD, expected_TD, rtol=1e-6, atol=1e-6)
 
 
 @experts_of

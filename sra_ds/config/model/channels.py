@@ -75,6 +75,10 @@ class MoEChannelConfig(Part):
     ghosts: GhostsConfig = GhostsConfig()
     shared_expert: FeedForwardConfig | None = None
     """A feed-forward network every token passes besides its routed experts."""
+    routed_scale: Literal["one", "sqrt_k", "k"] = "one"
+    """What gates, which add up to 1, are multiplied by. `one`: k experts are averaged; `k`: they add up
+    as the parts of one network that is k times as wide; `sqrt_k`: k unlike outputs are together as large
+    as one. A schedule of k moves it."""
     router: AnyRouterConfig = CosineRouterConfig()
     backend: Literal["local", "deepspeed", "megablocks", "auto"] = "local"
     """What runs the experts while training; all give the same result, and none drops a token. `local`:

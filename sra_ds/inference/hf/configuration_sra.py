@@ -9,9 +9,10 @@ class SraConfig(PreTrainedConfig):  # type: ignore[misc]
     """A pre-LN decoder whose channel (feed-forward part) is dense or a mixture of routed experts.
 
     `channel` is `{"kind": "dense", "feed_forward": F}` or `{"kind": "moe", "experts": E, "top_k": K,
-    "expert": F, "shared_expert": F or None, "router": R}`. A feed-forward network F is
-    `{"kind": "gelu", "hidden", "bias", "dropout"}` or `{"kind": "swiglu", "hidden", "dropout"}`. A router
-    R is `{"kind": "cosine" | "linear" | "random" | "hash", "gate", "noise", "temperature", ...}`.
+    "expert": F, "shared_expert": F or None, "routed_scale": "one" | "sqrt_k" | "k", "router": R}`. A
+    feed-forward network F is `{"kind": "gelu", "hidden", "bias", "dropout"}` or
+    `{"kind": "swiglu", "hidden", "dropout"}`. A router R is
+    `{"kind": "cosine" | "linear" | "random" | "hash", "gate", "noise", "temperature", ...}`.
     """
 
     model_type = "sra"

@@ -56,7 +56,7 @@ KNOWN: dict[Any, set[str]] = {
         TokenEmbeddingConfig: "kind dropout",
         AttentionConfig: "kind heads rope_theta dropout",
         DenseChannelConfig: "kind feed_forward",
-        MoEChannelConfig: "kind experts top_k expert shared_expert router backend "
+        MoEChannelConfig: "kind experts top_k expert shared_expert routed_scale router backend "
         "expert_kind expert_heads coupling compare_outputs ghosts",
         NoCouplingConfig: "kind",
         GhostsConfig: "count background",

@@ -3,7 +3,7 @@
 The channel of a block is one feed-forward network, or experts a router chooses among for each token:
 
     scores s_te = tau * cos(x_t, anchor_e)    (or W x_t; a hash of the token id has none)
-    the k largest  ->  gates  ->  y_t = sum over k of gate * expert(x_t)
+    the k largest  ->  gates  ->  y_t = scale * sum over k of gate * expert(x_t)
 
 `output_router_logits=True` returns the scores of every layer, N x E. Scores, softmax, gates and the sum
 over experts are in float32 at least. A row of the batch is one document, opened by the end-of-text token,
@@ -206,11 +206,14 @@ class MixtureOfExperts(nn.Module):
         self.router = ROUTERS[router["kind"]](router, width, experts, settings["top_k"])
         self.experts = Experts(settings["expert"], width, experts)
         self.shared_expert = None if shared is None else FeedForward(shared, width)
+        top_k, scale = settings["top_k"], settings.get("routed_scale", "one")
+        self.routed_scale = {"one": 1.0, "sqrt_k": top_k**0.5, "k": float(top_k)}[scale]
 
     def forward(self, x_BTD: Tensor, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
         """(y_BTD, scores_NE)."""
         gates_NK, chosen_NK, scores_NE = self.router(x_BTD.flatten(0, 1), ids_BT.flatten())
-        y_BTD = self.experts(x_BTD.flatten(0, 1), gates_NK, chosen_NK).view_as(x_BTD)
+        scaled_NK = gates_NK * self.routed_scale
+        y_BTD = self.experts(x_BTD.flatten(0, 1), scaled_NK, chosen_NK).view_as(x_BTD)
         if self.shared_expert is not None:
             y_BTD = y_BTD + self.shared_expert(x_BTD)
         return y_BTD, scores_NE
