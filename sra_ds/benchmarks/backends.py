@@ -13,7 +13,8 @@ from sra_ds.model.language_model import build_model
 from sra_ds.moe.placement import BackendName, Placement
 from sra_ds.timing import ratio
 from sra_ds.training.backend_choice import installed_backends
-from sra_ds.training.environment import choose_device, choose_precision, peak_flops
+from sra_ds.training.ds_config import choose_precision, zero_stage
+from sra_ds.training.environment import choose_device, has_bf16, peak_flops
 from sra_ds.training.processes import start_processes
 
 
@@ -24,7 +25,7 @@ def bench_backends(
     and on a GPU the peak memory of a step."""
     start_processes()
     device, name = choose_device()
-    dtype, _ = choose_precision("auto", device)
+    dtype, _ = choose_precision("auto", zero_stage(ds_config), has_bf16(device))
     peak, source = peak_flops(device, dtype)
     steps: dict[str, Step] = {}
     memory: dict[str, int] = {}

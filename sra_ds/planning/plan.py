@@ -28,7 +28,12 @@ from sra_ds.planning.request import Request
 from sra_ds.planning.shapes import Layout, Shapes, read_shapes
 from sra_ds.planning.step_time import Machine, StepTime, step_time, step_work
 from sra_ds.planning.zero import Zero, read_zero, require_planned
-from sra_ds.training.ds_config import merge_ds_config, plan_batches, zero_stage
+from sra_ds.training.ds_config import (
+    choose_precision,
+    merge_ds_config,
+    plan_batches,
+    zero_stage,
+)
 from sra_ds.training.placement import choose_placement
 
 NEAR = 0.05
@@ -124,7 +129,7 @@ def expert_parallel_sizes(recipe: Recipe, gpus: int) -> list[int]:
 
 def refusal(recipe: Recipe, config: dict[str, Any], name: str, gpus: int) -> str:
     """Why `launch/train.py` would refuse to train so, or nothing."""
-    precision = torch.float32 if _width(recipe, zero_stage(config)) == 4 else torch.bfloat16
+    precision = _precision(recipe, zero_stage(config))
     recipe = with_training(recipe, micro_batch_size=0)
     try:
         merged = merge_ds_config(config, recipe, plan_batches(recipe, gpus), precision, name)
@@ -134,10 +139,9 @@ def refusal(recipe: Recipe, config: dict[str, Any], name: str, gpus: int) -> str
     return ""
 
 
-def _width(recipe: Recipe, stage: int) -> int:
-    """Bytes of a number: 2 of bf16, unless the recipe says otherwise or the stage has no masters."""
-    asked = recipe.training.precision
-    return 4 if asked == "fp32" or (stage == 0 and asked == "auto") else 2
+def _precision(recipe: Recipe, stage: int) -> torch.dtype:
+    """What `launch/train.py` takes on a GPU, all of which have bf16."""
+    return choose_precision(recipe.training.precision, stage, has_bf16=True)[0]
 
 
 def recommended(found: list[Candidate]) -> Candidate | None:
@@ -175,7 +179,7 @@ def _largest(sought: _Sought, plain: Candidate, checkpointing: bool) -> Candidat
     recipe, gpus = sought.request.recipe, sought.request.gpus
     share = recipe.training.batch_size // gpus
     layout = Layout(gpus, plain.ep, marked=plain.ep > 1 or _marked(recipe))
-    width = _width(recipe, plain.zero.stage)
+    width = _precision(recipe, plain.zero.stage).itemsize
     own = with_training(recipe, activation_checkpointing=checkpointing)
     cases = [
         Case(own, sought.shapes, layout, plain.zero, windows, share // windows, width)

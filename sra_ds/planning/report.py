@@ -175,8 +175,6 @@ def _keys(request: Request, best: Candidate) -> list[str]:
     keys = [f"training.micro_batch_size={case.windows}"]
     if best.ep > 1:
         keys += [f"parallel.expert_parallel_size={best.ep}", "model.channel.backend=deepspeed"]
-    if case.width == 4 and own.precision != "fp32":
-        keys.append("training.precision=fp32")
     if case.recipe.training.activation_checkpointing and not own.activation_checkpointing:
         keys.append("training.activation_checkpointing=true")
     return keys

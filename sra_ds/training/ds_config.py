@@ -93,6 +93,17 @@ def zero_stage(ds_config: dict[str, Any]) -> int:
     return int(ds_config.get("zero_optimization", {}).get("stage", 0))
 
 
+def choose_precision(asked: str, stage: int, has_bf16: bool) -> tuple[torch.dtype, str]:
+    """Parameter dtype for `training.precision` at a ZeRO stage, and why."""
+    if asked != "auto":
+        return (torch.bfloat16 if asked == "bf16" else torch.float32), "training.precision"
+    if not has_bf16:
+        return torch.float32, "bf16 is slower than fp32 on this device"
+    if stage == 0:
+        return torch.float32, "ZeRO stage 0 keeps no float32 master weights for bf16"
+    return torch.bfloat16, "the GPU has bf16"
+
+
 def merge_ds_config(
     ds_config: dict[str, Any], recipe: Recipe, batches: BatchPlan, dtype: torch.dtype, where: str
 ) -> dict[str, Any]:

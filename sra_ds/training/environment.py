@@ -137,13 +137,9 @@ def choose_device() -> tuple[torch.device, str]:
     return torch.device("cpu"), f"{reason}; {torch.get_num_threads()} threads"
 
 
-def choose_precision(asked: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """Parameter dtype for `training.precision` and why."""
-    if asked != "auto":
-        return (torch.bfloat16 if asked == "bf16" else torch.float32), "training.precision"
-    if device.type == "cuda" and torch.cuda.is_bf16_supported():
-        return torch.bfloat16, "the GPU has bf16"
-    return torch.float32, "bf16 is slower than fp32 on this device"
+def has_bf16(device: torch.device) -> bool:
+    """Whether it multiplies bf16 faster than float32."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
 PEAK_FLOPS = {  # dense bf16, from the vendors' data sheets

@@ -21,6 +21,7 @@ from sra_ds.storage.run_dir import RunDir
 from sra_ds.training import environment
 from sra_ds.training.ds_config import (
     BatchPlan,
+    choose_precision,
     merge_ds_config,
     plan_batches,
     read_ds_config,
@@ -51,9 +52,12 @@ def resolve(recipe: Recipe, ds_path: Path) -> Resolved:
     fit together (`ConfigError`)."""
     require_wandb(recipe)
     device, device_reason = environment.choose_device()
-    dtype, dtype_reason = environment.choose_precision(recipe.training.precision, device)
+    asked = read_ds_config(ds_path)
+    dtype, dtype_reason = choose_precision(
+        recipe.training.precision, zero_stage(asked), environment.has_bf16(device)
+    )
     batches = plan_batches(recipe, environment.world_size())
-    ds_config = merge_ds_config(read_ds_config(ds_path), recipe, batches, dtype, str(ds_path))
+    ds_config = merge_ds_config(asked, recipe, batches, dtype, str(ds_path))
     require_valid(ds_config, str(ds_path))
     world_size, rank = environment.world_size(), environment.rank()
     placement = choose_placement(recipe, ds_config, str(ds_path), world_size, rank)

@@ -6,9 +6,17 @@ import pytest
 import torch
 
 from commands import RECIPE, ROOT
+from sra_ds.config import load_recipe
 from sra_ds.config.loading import validate
 from sra_ds.errors import ConfigError
-from sra_ds.training.ds_config import merge_ds_config, plan_batches, read_ds_config
+from sra_ds.training import environment
+from sra_ds.training.ds_config import (
+    choose_precision,
+    merge_ds_config,
+    plan_batches,
+    read_ds_config,
+)
+from sra_ds.workflow.resolve import resolve
 
 
 @pytest.fixture
@@ -91,6 +99,25 @@ def test_bf16_at_stage_0_is_refused_with_the_reason(recipe):
     with pytest.raises(ConfigError, match="master weights"):
         merged(recipe, {"zero_optimization": {"stage": 0}}, torch.bfloat16)
     assert merged(recipe, {"zero_optimization": {"stage": 1}}, torch.bfloat16)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("has_bf16", [False, True])
+@pytest.mark.parametrize("asked", ["auto", "fp32", "bf16"])
+def test_auto_precision_is_one_that_every_stage_takes(recipe, asked, has_bf16, stage):
+    dtype, reason = choose_precision(asked, stage, has_bf16)
+    narrow = asked == "bf16" or (asked == "auto" and has_bf16 and stage > 0)
+    assert dtype == (torch.bfloat16 if narrow else torch.float32)
+    assert ("stage 0" in reason) == (asked == "auto" and has_bf16 and stage == 0)
+    if asked == "auto":
+        assert merged(recipe, {"zero_optimization": {"stage": stage}}, dtype)
+
+
+def test_shipped_recipes_start_at_stage_0_on_a_gpu_with_bf16(monkeypatch):
+    monkeypatch.setattr(environment, "has_bf16", lambda device: True)
+    for stage, dtype in ((0, torch.float32), (2, torch.bfloat16)):
+        found = resolve(load_recipe("quickstart"), ROOT / "ds_configs" / f"zero{stage}.json")
+        assert found.dtype == dtype
 
 
 @pytest.mark.parametrize(("batch", "micro", "world"), [(9, 0, 2), (8, 3, 1), (8, 8, 2)])
