@@ -17,7 +17,6 @@ from sra_ds.data.tokenizer import end_of_text_id
 from sra_ds.errors import DataError
 from sra_ds.inference.load import LoadedRun
 from sra_ds.moe.routing import Routing
-from sra_ds.storage.run_dir import read_json_object
 
 KNOWN_TOKENS = 5
 
@@ -91,15 +90,15 @@ def explain(loaded: LoadedRun, text: str, near: int = 3) -> Explanation:
 
 def known_experts(loaded: LoadedRun) -> dict[str, dict[str, Any]]:
     """Specialisation and top tokens of each expert, if this checkpoint of the run was analysed."""
-    path = loaded.run.path / "analysis.json"
-    if not path.is_file() or read_json_object(path).get("step") != loaded.trainer["step"]:
+    found = loaded.run.analysis(loaded.trainer["step"])
+    if found is None:
         return {}
     return {
         f"{expert['layer']}:{expert['expert']}": {
             "specialisation": expert["specialisation"],
             "top_tokens": expert["top_tokens"][:KNOWN_TOKENS],
         }
-        for expert in read_json_object(path)["experts"]
+        for expert in found["experts"]
     }
 
 

@@ -34,6 +34,7 @@ class RunDir:
         self.metrics_file = path / "metrics.jsonl"
         self.summary_file = path / "summary.json"
         self.samples_file = path / "samples.txt"
+        self.analysis_file = path / "analysis.json"
         self.checkpoints = path / "checkpoints"
         self.routing = path / "routing"
         self.evaluation = path / "evaluation"
@@ -59,6 +60,14 @@ class RunDir:
                 except ValueError:
                     continue
         return lines
+
+    def analysis(self, step: int) -> dict[str, Any] | None:
+        """What `tools/analyze.py` found in the checkpoint of that step; None where it looked at another
+        one, or at none."""
+        if not self.analysis_file.is_file():
+            return None
+        found = read_json_object(self.analysis_file)
+        return found if found.get("step") == step else None
 
     def drop_metrics_after(self, step: int, last: int) -> None:
         """Forget what a run resumed after `step` will do again: later steps and the final evaluation,

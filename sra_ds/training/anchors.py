@@ -18,6 +18,7 @@ from sra_ds.errors import ConfigError
 from sra_ds.metrics import anchor_drift
 from sra_ds.model.init import generator
 from sra_ds.model.language_model import LanguageModel
+from sra_ds.moe.layer import MoELayer
 from sra_ds.moe.routers import CosineRouter, LinearRouter
 from sra_ds.storage.fragments import Fragment, TensorFiles, whole_tensor
 from sra_ds.training.engine import read_parameter, write_parameter
@@ -73,15 +74,17 @@ def _keep(inputs: list[Tensor]) -> Any:
     return hook
 
 
-def learned_anchors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The anchors that training moves, by the parameter's name, in order of the layers; none for routers
-    that are frozen or have none."""
+def learned_anchors(model: LanguageModel) -> dict[str, nn.Parameter]:
+    """The anchors of routed layers that training moves, by the parameter's name, in order of the layers;
+    none for routers that are frozen or have none."""
     found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, CosineRouter):
-            found[f"{name}.anchors"] = module.anchors
-        elif isinstance(module, LinearRouter):
-            found[f"{name}.weight"] = module.weight
+    for name, layer in model.named_modules():
+        if not isinstance(layer, MoELayer):
+            continue
+        if isinstance(layer.router, CosineRouter):
+            found[f"{name}.router.anchors"] = layer.router.anchors
+        elif isinstance(layer.router, LinearRouter):
+            found[f"{name}.router.weight"] = layer.router.weight
     return found
 
 
@@ -89,7 +92,7 @@ class AnchorDrift:
     """How far each layer's anchors are from where they were when the run began, which is where they are
     when this is made. Making and asking are collective."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: LanguageModel) -> None:
         self._anchors = learned_anchors(model)
         self._start: dict[str, Tensor] | None = self._now()
 

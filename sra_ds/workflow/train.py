@@ -154,6 +154,7 @@ def _write_start(
         run.metrics_file.unlink(missing_ok=True)  # of a start that saved nothing
     else:
         run.drop_metrics_after(resumed.step, resolved.recipe.training.steps)
+        run.summary_file.unlink(missing_ok=True)  # of a run that had fewer steps
         for problem in resumed.problems:
             _say(f"passing over a broken checkpoint: {problem}")
         _say(f"resuming {run.path} at step {resumed.step}")

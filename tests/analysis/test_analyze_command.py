@@ -7,12 +7,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from saved_runs import Call, MakeRun
 from sra_ds.analysis import traces
+from sra_ds.evaluation.compare.finished import cell_of_run
 
-LAYERS, EXPERTS = 2, 4
+LAYERS, EXPERTS, STEP = 2, 4, 7
 QUICK = ("--sweep-tokens", 0, "--tokens", 2000)
 
 
@@ -95,6 +97,27 @@ def test_a_second_call_reads_the_trace_again(
     assert Path(first["analysis"]).read_text() == found
     assert again.out.startswith("run: ") and f"open {run.path / 'report.html'}" in again.out
     assert len(list(run.routing.glob("trace-*"))) == 1
+
+
+def test_a_comparison_tells_what_was_found_in_the_checkpoint_it_is_of(
+    call: Call, make_run: MakeRun
+) -> None:
+    run = make_run()
+    printed = call("analyze", "--run", run.path, *QUICK, "--json").tree["summary"][0]
+    figures = ("token_perplexity", "word_perplexity", "bits_per_byte", "accuracy", "nll_per_token")
+    summary = {
+        "steps": STEP, "validation": dict.fromkeys(figures, 2.0), "experts": None, "tokens": 8,
+        "seconds": 1.0, "tokens_per_second": 8.0, "device": "cpu", "corpus_fingerprint": "f",
+    }  # fmt: skip
+    run.summary_file.write_text(json.dumps(summary))
+    run.environment_file.write_text(json.dumps({**run.environment(), "world_size": 1}))
+    np.savez(run.evaluation / "valid_documents.npz", nll=[1.0], tokens=[2])
+    found = cell_of_run(run.path).coherence
+    assert found is not None and printed["coherent"] is not None
+    assert (found.share, found.untrained) == (printed["coherent"], printed["coherent_untrained"])
+    assert found.tokens == 2000
+    run.summary_file.write_text(json.dumps({**summary, "steps": STEP + 1}))
+    assert cell_of_run(run.path).coherence is None
 
 
 def test_a_router_without_anchors_and_one_choice_is_analysed(call: Call, make_run: MakeRun) -> None:

@@ -19,6 +19,7 @@ from sra_ds.errors import ConfigError, DataError, TrainingError
 from sra_ds.evaluation.compare.budgets import Budget, apart, budget, require_matched
 from sra_ds.evaluation.compare.cells import cells_of
 from sra_ds.evaluation.compare.finished import (
+    Coherence,
     FinishedCell,
     Health,
     Point,
@@ -65,7 +66,7 @@ if recipe["training"]["seed"] == 13:
     sys.exit(3)
 figures = ("token_perplexity", "word_perplexity", "bits_per_byte", "accuracy", "nll_per_token")
 (run / "summary.json").write_text(json.dumps({
-    "validation": dict.fromkeys(figures, 2.0), "experts": None, "tokens": 8, "seconds": 1.0,
+    "steps": 1, "validation": dict.fromkeys(figures, 2.0), "experts": None, "tokens": 8, "seconds": 1.0,
     "tokens_per_second": 8.0, "device": "cpu", "corpus_fingerprint": "f",
 }))
 """
@@ -89,7 +90,7 @@ def cell(recipe: str, seed: int, nats: float = 5.0, **others: Any) -> FinishedCe
         "document_tokens": TOKENS,
         "curve": (),
         "experts": None,
-        "coherent": None,
+        "coherence": None,
         "specialisation": None,
         "tokens": 1000,
         "seconds": 60.0,
@@ -106,6 +107,16 @@ def cell(recipe: str, seed: int, nats: float = 5.0, **others: Any) -> FinishedCe
 
 def cells(name: str, *nats: float, **others: Any) -> list[FinishedCell]:
     return [cell(name, seed, one, **others) for seed, one in enumerate(nats)]
+
+
+def test_coherence_of_words_is_compared_on_one_text() -> None:
+    one, other = (Coherence(share=0.25, untrained=0.2, text=text, tokens=9) for text in ("H", "I"))
+    whole = [*cells("a", 5.0, 5.0, coherence=one), *cells("b", 5.0, 5.0)]
+    row = compare(whole)["rows"][0]
+    assert (row["coherent_mean"], row["coherent_untrained_mean"]) == (0.25, 0.2)
+    assert "| 25% ± 0% | 20% ± 0% |" in markdown(compare(whole))
+    with pytest.raises(ConfigError, match=r"analysed on different text: .*9 tokens, H"):
+        compare([*whole, *cells("c", 5.0, coherence=other)])
 
 
 @pytest.mark.parametrize(

@@ -110,20 +110,20 @@ def test_load_and_tokens_come_from_the_analysis_or_else_from_training(
     run = make_run()
     asked = ("export_experts", "--run", run.path, "--layer", 0, "--experts", "3,0")
     write_load(run, [[9.0] * EXPERTS] * LAYERS, step=5)
-    write_load(run, LOAD_LE, step=10)
+    write_load(run, LOAD_LE)
     result = call(*asked, "--out", tmp_path / "a")
     assert "tools/analyze.py" in result.err
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
         f"layer0-expert0{e}.{ending}" for e in (0, 3) for ending in ("json", "safetensors")
     ]
     card = card_of(tmp_path / "a", 0, 3)
-    assert card["load"] == {"share": 0.2, "routes": 20, "counted_in": "routing/10.safetensors"}
+    assert card["load"] == {"share": 0.2, "routes": 20, "counted_in": "routing/7.safetensors"}
     experts = [
         {"layer": layer, "expert": expert, "load": load / 100, "top_tokens": [f"t{layer}{expert}"]}
         for layer, loads in enumerate(LOAD_LE)
         for expert, load in enumerate(loads)
     ]
-    analysis = {"layers": [], "experts": experts, "tokens": 500}
+    analysis = {"step": STEP, "layers": [], "experts": experts, "tokens": 500}
     (run.path / "analysis.json").write_text(json.dumps(analysis))
     result = call(*asked, "--out", tmp_path / "b")
     assert "tools/analyze.py" not in result.err
@@ -132,15 +132,15 @@ def test_load_and_tokens_come_from_the_analysis_or_else_from_training(
     assert card["top_tokens"] == ["t03"]
     for damaged in (
         {**analysis, "experts": experts[:-1]},
-        {"tokens": 5},
+        {"step": STEP, "tokens": 5},
         [],
         {**analysis, "tokens": "x"},
     ):
         (run.path / "analysis.json").write_text(json.dumps(damaged))
         call(*asked, "--out", tmp_path / "c").refused("analysis.json")
-    (run.path / "analysis.json").unlink()
-    write_load(run, [[1.0] * 3] * LAYERS, step=11)
-    call(*asked, "--out", tmp_path / "c").refused("11.safetensors does not tell the load")
+    (run.path / "analysis.json").write_text(json.dumps({**analysis, "step": STEP + 1}))
+    write_load(run, [[1.0] * 3] * LAYERS)
+    call(*asked, "--out", tmp_path / "c").refused("7.safetensors does not tell the load")
     assert not (tmp_path / "c").exists()
 
 

@@ -293,8 +293,10 @@ def test_a_gate_of_one_expert_tells_nothing_unless_it_is_a_probability(tiny_reci
         assert ("top_gate" in health.facts(routings)["layers"][0]) == told
 
 
-def test_drift_of_anchors_that_were_turned_is_the_known_one(tiny_recipe: Any) -> None:
-    model = build_model(tiny_recipe())
+@pytest.mark.parametrize("memory", ["none", "static"])
+def test_drift_of_anchors_that_were_turned_is_the_known_one(tiny_recipe: Any, memory: str) -> None:
+    """A static memory has a router of its own, which is no layer's."""
+    model = build_model(tiny_recipe("moe-cosine", {"model": {"memory": {"kind": memory}}}))
     health, angle = Health(model), 0.4
     first = model.routers()[0].anchors
     plane = torch.eye(32)

@@ -73,6 +73,15 @@ def test_a_finished_run_is_not_done_again(finished):
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_finished_run_that_goes_on_and_fails_is_not_finished(finished, tmp_path):
+    run = tmp_path / "extended"
+    shutil.copytree(finished(0), run, symlinks=True)
+    longer = ("training.steps=16", "training.optimizer.learning_rate=1e30")
+    result = train("--resume", "--run", run, *longer)
+    assert result.returncode == 1 and "step 13" in result.stderr, result.stderr
+    assert (run / "checkpoints" / "12").is_dir() and not (run / "summary.json").exists()
+
+
 def test_two_processes_do_not_train_in_one_run(tiny, tmp_path):
     from sra_ds.errors import ConfigError
     from sra_ds.storage.run_dir import RunDir, claim

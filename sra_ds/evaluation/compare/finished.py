@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,18 @@ class Health(BaseModel):
     """Standard deviation over mean of the loads, mean over layers."""
     max_violation: float
     """Largest load over mean load, less 1, over all layers."""
+
+
+class Coherence(BaseModel):
+    """What `tools/analyze.py` found in the words of the experts, mean over layers."""
+
+    model_config = ConfigDict(frozen=True)
+    share: float
+    """Of the experts whose words are more coherent (C_NPMI) than the 95 % null; 5 % by chance."""
+    untrained: float | None
+    """The same for untrained routers on the same vectors."""
+    text: str
+    tokens: int
 
 
 class Point(BaseModel):
@@ -61,9 +74,8 @@ class FinishedCell(BaseModel):
     document_tokens: tuple[int, ...]
     curve: tuple[Point, ...]
     experts: Health | None
-    coherent: float | None
-    """Share of the experts whose words are more coherent (C_NPMI) than the 95 % null of chance, 5 % by
-    chance; where `tools/analyze.py` has looked."""
+    coherence: Coherence | None = None
+    """Where `tools/analyze.py` has looked at the last checkpoint."""
     specialisation: float | None
     tokens: int
     """Seen in training."""
@@ -83,6 +95,15 @@ class FinishedCell(BaseModel):
     def name(self) -> str:
         """What its file is called, between `cell-` and `.json`."""
         return name_of(self.recipe, self.seed)
+
+    @property
+    def analysed(self) -> str | None:
+        """The text that `coherence` is of."""
+        return (
+            None
+            if self.coherence is None
+            else f"{self.coherence.tokens:,} tokens, {self.coherence.text}"
+        )
 
     def losses(self) -> tuple[Array, Array]:
         """Nats and tokens of each validation document."""
@@ -128,13 +149,24 @@ def _curve(metrics: Sequence[dict[str, Any]]) -> tuple[Point, ...]:
     )
 
 
-def _coherent(run: RunDir) -> float | None:
-    """As `tools/analyze.py` found it, if it has looked at the run."""
-    analysis = run.path / "analysis.json"
-    if not analysis.is_file():
+def _coherence(run: RunDir, step: int) -> Coherence | None:
+    found = run.analysis(step)
+    if found is None:
         return None
-    found = [one for one in read_json_object(analysis)["summary"] if one["run"] == run.path.name]
-    return found[0]["coherent"] if found else None
+    shares = [layer["measures"]["coherent_share"] for layer in found["layers"]]
+    of_layers = {name: [share[name] for share in shares] for name in ("value", "untrained")}
+    means = {
+        name: mean(known) if (known := [v for v in own if v is not None]) else None
+        for name, own in of_layers.items()
+    }
+    if means["value"] is None:
+        return None
+    return Coherence(
+        share=means["value"],
+        untrained=means["untrained"],
+        text=found["text"],
+        tokens=found["tokens"],
+    )
 
 
 def cell_of_run(path: Path) -> FinishedCell:
@@ -162,7 +194,7 @@ def cell_of_run(path: Path) -> FinishedCell:
         document_tokens=tuple(map(int, tokens)),
         curve=_curve(metrics),
         experts=summary["experts"],
-        coherent=_coherent(run),
+        coherence=_coherence(run, summary["steps"]),
         specialisation=(last_specialisation(metrics) or {}).get("mean"),
         tokens=summary["tokens"],
         seconds=summary["seconds"],

@@ -27,7 +27,9 @@ MAY_DIFFER = (
     "logging.", "parallel.",
 )  # fmt: skip
 """Between runs of one recipe."""
-LONG = {"settings", "document_nll", "document_tokens", "budget", "experts", "curve"}
+LONG = {
+    "settings", "document_nll", "document_tokens", "budget", "experts", "coherence", "curve",
+}  # fmt: skip
 """Of a cell, not in tables."""
 MANY = 5
 """Differences from which on chance is spoken of."""
@@ -55,6 +57,7 @@ QUALITY: dict[str, Callable[[Row], str]] = {
     "dead experts": _mean("dead_fraction", ".1%"),
     "load CV": _mean("load_cv", ".2f"),
     "coherent experts": _mean("coherent", ".0%"),
+    "with untrained routers": _mean("coherent_untrained", ".0%"),
     "specialisation": _mean("specialisation", ".3f"),
 }
 COST: dict[str, Callable[[Row], str]] = {
@@ -78,7 +81,8 @@ PROGRESS: dict[str, Callable[[Row], str]] = {
 }
 FIGURES = (
     "token_perplexity", "word_perplexity", "bits_per_byte", "accuracy", "nll_per_token", "dead_fraction",
-    "load_cv", "coherent", "specialisation", "tokens_per_second", "seconds", "peak_memory_bytes",
+    "load_cv", "coherent", "coherent_untrained", "specialisation", "tokens_per_second", "seconds",
+    "peak_memory_bytes",
 )  # fmt: skip
 
 
@@ -247,11 +251,14 @@ def _progress(own: Sequence[FinishedCell]) -> list[Row]:
 def _flat(cell: FinishedCell) -> Row:
     health = {} if cell.experts is None else cell.experts.model_dump()
     absent = dict.fromkeys(("dead_fraction", "load_cv", "max_violation"))
+    words = cell.coherence
     return {
         **cell.model_dump(exclude=LONG),
         **cell.budget.model_dump(),
         **absent,
         **health,
+        "coherent": None if words is None else words.share,
+        "coherent_untrained": None if words is None else words.untrained,
     }
 
 
@@ -286,6 +293,8 @@ def _require_comparable(cells: Sequence[FinishedCell]) -> None:
                 f"{part}.{key} differs, and with it what a perplexity means: {values}"
             )
     _require_equal(cells, "document_tokens", DataError, "were scored on different documents")
+    analysed = [cell for cell in cells if cell.coherence is not None]
+    _require_equal(analysed, "analysed", ConfigError, "were analysed on different text")
 
 
 def _require_equal(
@@ -294,5 +303,5 @@ def _require_equal(
     values = {getattr(cell, key): cell.run for cell in cells}
     if len(values) > 1:
         raise error(
-            f"the runs {what}: " + ", ".join(f"{run}: {str(v)[:12]}" for v, run in values.items())
+            f"the runs {what}: " + ", ".join(f"{run}: {str(v)[:40]}" for v, run in values.items())
         )

@@ -1,10 +1,11 @@
 """How much each expert of a run was used, and for which tokens, from the files of the run.
 
     analysis.json                      of tools/analyze.py: load and top tokens
-    routing/<step>.safetensors         the newest: routes per expert while training
+    routing/<step>.safetensors         routes per expert while training
     checkpoints/<step>/trainer.json    what the checkpoint remembers of its last steps
 
-The first of these that is there counts. Letters: L layers, E experts.
+The first of these that is there, and of the same step as the checkpoint, counts. Letters: L layers, E
+experts.
 """
 
 from pathlib import Path
@@ -19,7 +20,6 @@ from sra_ds.errors import CheckpointError
 from sra_ds.inference.load import LoadedRun
 from sra_ds.inference.places import Place, routed
 from sra_ds.metrics import DEAD_SHARE
-from sra_ds.storage.run_dir import read_json_object
 
 
 class Loads(NamedTuple):
@@ -52,17 +52,15 @@ class Loads(NamedTuple):
 
 def known_loads(loaded: LoadedRun) -> Loads | None:
     """What the run tells; None if nothing. Raises `CheckpointError` for a damaged file."""
-    run, channel = loaded.run, routed(loaded.recipe)
+    run, channel, step = loaded.run, routed(loaded.recipe), loaded.trainer["step"]
     shape = (loaded.recipe.model.layers, channel.experts)
     most = channel.experts + channel.ghosts.count
-    analysis = run.path / "analysis.json"
-    snapshots = [path for path in run.routing.glob("*.safetensors") if path.stem.isdecimal()]
-    if analysis.is_file():
-        found = _from_analysis(read_json_object(analysis), shape, most, loaded.trainer["top_k"])
-        origin = analysis
-    elif snapshots:
-        origin = max(snapshots, key=lambda path: int(path.stem))
-        found = _from_snapshot(origin)
+    analysis, snapshot = run.analysis(step), run.routing / f"{step}.safetensors"
+    if analysis is not None:
+        found = _from_analysis(analysis, shape, most, loaded.trainer["top_k"])
+        origin = run.analysis_file
+    elif snapshot.is_file():
+        origin, found = snapshot, _from_snapshot(snapshot)
     elif loaded.trainer.get("recent_load"):
         found = _from_trainer(loaded.trainer["recent_load"])
         origin = run.checkpoints / loaded.checkpoint.name / "trainer.json"
