@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import platform
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +22,8 @@ from sra_ds.model.init import generator
 from sra_ds.moe.layer import build_backend
 from sra_ds.moe.placement import BackendName, Placement
 from sra_ds.moe.routing import Routing, route
+from sra_ds.ops.extension import extension
+from sra_ds.ops.kernel_build import library_name
 from sra_ds.storage.run_dir import write_atomically
 from sra_ds.timing import Work, in_turn, medians
 from sra_ds.training import environment
@@ -117,14 +120,17 @@ def _key(
     recipe: Recipe, tokens: int, device: torch.device, dtype: torch.dtype, names: list[BackendName]
 ) -> str:
     """Hash of everything the times depend on."""
-    what = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    gpu = device.type == "cuda"
+    what = torch.cuda.get_device_name(device) if gpu else platform.node()  # homes are shared
+    versions = ["torch", "deepspeed", *(["megablocks"] if "megablocks" in names else [])]
     facts: dict[str, Any] = {
         "channel": recipe.model.channel.model_dump(mode="json"),
         "width": recipe.model.width,
         "tokens": tokens,
         "dtype": str(dtype),
         "device": [what, torch.get_num_threads()],
-        "versions": [importlib.metadata.version(name) for name in ("torch", "deepspeed")],
+        "versions": [importlib.metadata.version(name) for name in versions],
+        "kernels": library_name() if device.type in extension().devices else "reference",
         "names": names,
     }
     text = json.dumps(facts, sort_keys=True)

@@ -107,7 +107,9 @@ class Trainer:
         state = read_json(folder / checkpoint.TRAINER)
         self.step = self._saved_step = state["step"]
         self.tokens = state["tokens"]
-        self.seconds, self.best = state["seconds"], state["best"]
+        self.seconds = state["seconds"]
+        if state.get("scored", scored := self._scored()) == scored:
+            self.best = state["best"]
         self.health.load_state_dict(state)
         self.health.drift.load(checkpoint.open_tensors(folder, checkpoint.OPTIMIZER))
         for name, controller in self.controllers.items():
@@ -308,6 +310,11 @@ class Trainer:
                     checkpoint.point_best_at(folder)
         return summary
 
+    def _scored(self) -> dict[str, int | None]:
+        """What an evaluation's loss depends on besides the weights: `best` is of those scored alike."""
+        own = self.recipe.evaluation
+        return {"max_tokens": own.max_tokens, "stride": own.stride}
+
     def _snapshot_routing(self) -> None:
         load_LE = self.health.recent.load_LE
         if self.rank == 0 and load_LE is not None:
@@ -346,6 +353,7 @@ class Trainer:
             "tokens": self.tokens,
             "seconds": self.seconds,
             "best": self.best,
+            "scored": self._scored(),
             **self.health.state_dict(),
             "top_k": current_top_k(self.engine.module),
             "controllers": {name: c.state_dict() for name, c in self.controllers.items()},

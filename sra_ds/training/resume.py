@@ -14,7 +14,6 @@ MAY_CHANGE = (
     "description",
     "data.directory",
     "training.steps",
-    "training.micro_batch_size",
     "training.gradient_clipping",
     "training.optimizer.",
     "training.schedule.",
@@ -53,7 +52,9 @@ def choose_checkpoint(run: RunDir, recipe: Recipe) -> Resumed:
 def require_same_run(before: Recipe, now: Recipe) -> None:
     """Raise `ConfigError` for the first key that may not change on resume."""
     old, new = before.model_dump(mode="json"), now.model_dump(mode="json")
-    found = first_difference(old, new, MAY_CHANGE)
+    documents = now.training.batching == "documents"  # which fill the micro-batch
+    free = MAY_CHANGE if documents else (*MAY_CHANGE, "training.micro_batch_size")
+    found = first_difference(old, new, free)
     if found is not None:
         raise ConfigError(
             f"{found.path}={found.other} differs from the run's {found.one}; a resumed run keeps "

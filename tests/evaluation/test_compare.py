@@ -29,7 +29,7 @@ from sra_ds.evaluation.compare.finished import (
 )
 from sra_ds.evaluation.compare.settings import first_difference, portable
 from sra_ds.evaluation.compare.tables import compare, markdown, write_tables
-from sra_ds.evaluation.compare.training import Launch, _command, train_cells
+from sra_ds.evaluation.compare.training import Launch, _command, _environment, train_cells
 from sra_ds.storage.run_dir import RunDir, refuse_overwriting
 
 TOKENS = (30, 50, 20, 100)
@@ -321,6 +321,18 @@ def test_jobs_share_the_machine_and_speak_into_files(
         seen = json.loads((runs / f"tiny-s{seed}" / "seen.json").read_text())
         assert (seen["OMP_NUM_THREADS"], seen["MASTER_PORT"]) == ("2", None)
         assert (runs / f"tiny-s{seed}.log").read_text() == f"trained tiny-s{seed}\n"
+
+
+def test_processes_of_one_run_share_the_machine(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun gives each one thread where it is told nothing."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    assert _environment(launch._replace(processes=2), 0)["OMP_NUM_THREADS"] == "4"
+    assert "OMP_NUM_THREADS" not in _environment(launch, 0)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert _environment(launch._replace(processes=2), 0)["OMP_NUM_THREADS"] == "3"
 
 
 def test_jobs_take_gpus_of_their_own(

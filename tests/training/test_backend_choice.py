@@ -10,6 +10,7 @@ import torch
 from commands import train
 from sra_ds import timing
 from sra_ds.config import load_recipe
+from sra_ds.ops.extension import use_kernels
 from sra_ds.training.backend_choice import choose_backend
 
 CPU = torch.device("cpu")
@@ -38,6 +39,8 @@ def test_the_fastest_is_taken_and_remembered(
     assert again == choice._replace(measured_now=False) and len(calls) == rounds
     choose_backend(recipe, 128, CPU, torch.float32, tmp_path)
     assert len(calls) == 2 * rounds, "another number of tokens is another measurement"
+    with use_kernels("reference"):
+        assert choose_backend(recipe, 64, CPU, torch.float32, tmp_path).measured_now
     for file in tmp_path.glob("*.json"):
         file.write_text("{}")
     assert choose_backend(recipe, 64, CPU, torch.float32, tmp_path).measured_now

@@ -2,11 +2,15 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 
 import pytest
 from safetensors.torch import load_file
 
 from commands import step_lines, train
+from sra_ds.config import load_recipe
+from sra_ds.errors import ConfigError
+from sra_ds.training.resume import require_same_run
 
 FACTS = ("step", "loss", "cross_entropy", "grad_norm", "learning_rate", "top_k")
 
@@ -64,6 +68,17 @@ def test_an_override_that_makes_it_another_run_is_refused(interrupted, override)
     assert override.split("=")[0] in result.stderr and "--init-from" in result.stderr
 
 
+def test_the_micro_batch_may_change_unless_it_fills_batches_with_documents():
+    for batching, same in (("windows", True), ("documents", False)):
+        own = [f"training.batching={batching}", "training.batch_size=8"]
+        before, now = (
+            load_recipe("quickstart", [*own, f"training.micro_batch_size={size}"])
+            for size in (4, 2)
+        )
+        with nullcontext() if same else pytest.raises(ConfigError, match="micro_batch_size=2"):
+            require_same_run(before, now)
+
+
 def test_a_finished_run_is_not_done_again(finished):
     run = finished(0)
     before = (run / "metrics.jsonl").read_bytes()
@@ -78,12 +93,27 @@ def test_a_finished_run_that_goes_on_and_fails_is_not_finished(finished, tmp_pat
     shutil.copytree(finished(0), run, symlinks=True)
     longer = ("training.steps=16", "training.optimizer.learning_rate=1e30")
     result = train("--resume", "--run", run, *longer)
-    assert result.returncode == 1 and "step 13" in result.stderr, result.stderr
+    assert result.returncode == 1 and "at step 14" in result.stderr, result.stderr
     assert (run / "checkpoints" / "12").is_dir() and not (run / "summary.json").exists()
 
 
+def test_the_best_is_among_evaluations_of_the_same_text(finished, tmp_path):
+    """Ruined weights are no better than those before, unless those were scored on other text."""
+    run, asked = tmp_path / "run", ("training.steps=13", "training.schedule.kind=constant")
+    asked += ("training.optimizer.learning_rate=1.0",)
+    for cap, best in ((), "4 8 12"), (("evaluation.max_tokens=40",), "13"):
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(finished(0), run, symlinks=True)
+        result = train("--resume", "--run", run, *asked, *cap)
+        assert result.returncode == 0, result.stderr
+        assert str(summary(run)["best"]["step"]) in best.split()
+        assert (
+            summary(run)["validation"]["nll_per_token"]
+            > 2 * summary(finished(0))["best"]["nll_per_token"]
+        )
+
+
 def test_two_processes_do_not_train_in_one_run(tiny, tmp_path):
-    from sra_ds.errors import ConfigError
     from sra_ds.storage.run_dir import RunDir, claim
 
     run = RunDir(tmp_path / "run")

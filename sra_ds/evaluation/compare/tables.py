@@ -23,10 +23,9 @@ from sra_ds.intervals import Array, Estimate, paired
 from sra_ds.storage.run_dir import write_atomically
 
 MAY_DIFFER = (
-    "description", "training.seed", "training.micro_batch_size", "data.directory", "checkpoint.",
-    "logging.", "parallel.",
+    "description", "training.seed", "data.directory", "checkpoint.", "logging.", "parallel.",
 )  # fmt: skip
-"""Between runs of one recipe."""
+"""Between runs of one recipe; so may the micro-batch, except where it is what documents fill."""
 LONG = {
     "settings", "document_nll", "document_tokens", "budget", "experts", "coherence", "curve",
 }  # fmt: skip
@@ -283,7 +282,9 @@ def _require_comparable(cells: Sequence[FinishedCell]) -> None:
                 "variants a name of their own (name=...)"
             )
         same = recipes.setdefault(cell.recipe, cell)
-        key = first_difference(cell.settings, same.settings, MAY_DIFFER)
+        documents = cell.settings["training"].get("batching") == "documents"
+        free = MAY_DIFFER if documents else (*MAY_DIFFER, "training.micro_batch_size")
+        key = first_difference(cell.settings, same.settings, free)
         if key is not None:
             raise ConfigError(f"{cell.run} and {same.run} are both {cell.recipe}, but {key}")
     for part, key in (("data", "sequence_length"), ("evaluation", "stride")):

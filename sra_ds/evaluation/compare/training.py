@@ -208,13 +208,15 @@ def _command(cell: Cell, run: RunDir, launch: Launch) -> list[str]:
 
 
 def _environment(launch: Launch, place: int) -> dict[str, str]:
-    """With the job's share of the machine, where jobs share it."""
+    """With the share of the machine of each process, where several share it."""
     own = dict(os.environ)
+    sharing = launch.jobs * launch.processes
+    if sharing > 1:  # torchrun would give each process one thread
+        threads = max(1, len(os.sched_getaffinity(0)) // sharing)
+        own.setdefault("OMP_NUM_THREADS", str(threads))
     if launch.jobs == 1:
         return own
     own.pop("MASTER_PORT", None)  # each finds one of its own
-    cores = len(os.sched_getaffinity(0))
-    own.setdefault("OMP_NUM_THREADS", str(max(1, cores // (launch.jobs * launch.processes))))
     if there := torch.cuda.device_count():
         names = own.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(there)))).split(",")
         first = place * launch.processes
