@@ -13,12 +13,12 @@ from sra_ds.moe.routers import ROUTERS
 PARTS = ("embedding_head", "attention", "experts", "memory", "router", "norms")
 
 
-def count_parameters(model: LanguageModel) -> dict[str, Any]:
+def count_parameters(model: LanguageModel, top_k: int | None = None) -> dict[str, Any]:
     """Total and active parameters, split by part. Of a sparse matrix only the live weights count.
 
-    Active: what one token uses, i.e. `top_k` of E experts (ghosts among them or not) and all else.
-    Routers are listed apart and `active` leaves them out as published counts do; `active_with_anchors`
-    has them.
+    Active: what one token uses, i.e. `top_k` of E experts (ghosts among them or not) and all else; none
+    given: as many as at the end of training. Routers are listed apart and `active` leaves them out as
+    published counts do; `active_with_anchors` has them.
     """
     channel = model.config.channel
     total = dict.fromkeys(PARTS, 0)
@@ -31,7 +31,7 @@ def count_parameters(model: LanguageModel) -> dict[str, Any]:
         if any(module is ghost for ghost in ghosts):
             continue
         if isinstance(module, GroupedExperts) and isinstance(channel, MoEChannelConfig):
-            active_experts += size * channel.top_k / channel.experts
+            active_experts += size * (top_k or channel.top_k) / channel.experts
         elif part == "experts":
             active_experts += size
     active = {**total, "experts": round(active_experts)}

@@ -26,8 +26,7 @@ from sra_ds.moe.coupling import Coupling
 
 
 class Sizes(NamedTuple):
-    """What a part's own work depends on. `attention`: of one layer's; `top_k`: experts of a token at the
-    end of training."""
+    """What a part's own work depends on. `attention`: of one layer's; `top_k`: experts of a token."""
 
     width: int
     vocab_size: int
@@ -35,12 +34,14 @@ class Sizes(NamedTuple):
     attention: float
 
 
-def flops_per_token(model: LanguageModel, sequence_length: int) -> float:
-    """Of a window of `sequence_length` tokens."""
+def flops_per_token(model: LanguageModel, sequence_length: int, top_k: int | None = None) -> float:
+    """Of a window of `sequence_length` tokens, each with `top_k` experts: none given, as many as at the
+    end of training. The model is a whole one, not one whose parameters are spread over processes."""
     channel, width = model.config.channel, model.config.width
-    top_k = channel.top_k if isinstance(channel, MoEChannelConfig) else 1
+    if top_k is None:
+        top_k = channel.top_k if isinstance(channel, MoEChannelConfig) else 1
     sizes = Sizes(width, model.vocab_size, top_k, 6 * sequence_length * width)
-    total = 6 * float(count_parameters(model)["active_with_anchors"])
+    total = 6 * float(count_parameters(model, top_k)["active_with_anchors"])
     for module in model.modules():
         for kind, own in OWN_WORK.items():
             if isinstance(module, kind):

@@ -11,6 +11,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from sra_ds.heap import GIVE_BACK_EVERY, give_back_freed_memory
 from sra_ds.metrics import halting_summary
 from sra_ds.model.facts import Halting
 from sra_ds.model.flops import flops_per_token
+from sra_ds.model.language_model import build_model
 from sra_ds.moe.routing import Routing
 from sra_ds.ops.precision import widened
 from sra_ds.storage import checkpoint
@@ -99,8 +101,9 @@ class Trainer:
         self.step = self.tokens = 0
         self.seconds = 0.0
         self._saved_step = -1
-        length = recipe.data.sequence_length
-        self._flops = flops_per_token(engine.module, length) / peak_flops / batches.world_size
+        self._peak = peak_flops * batches.world_size
+        whole = build_model(recipe, "meta")  # the engine's may be in parts
+        self._flops = cache(partial(flops_per_token, whole, recipe.data.sequence_length))
 
     def restore(self, folder: Path) -> None:
         """Continue from a checkpoint's trainer state; a controller that it does not know begins anew."""
@@ -179,7 +182,7 @@ class Trainer:
             "learning_rate": rate,
             "grad_norm": facts.grad_norm,
             "tokens_per_second": speed,
-            "mfu": speed * self._flops,
+            "mfu": speed * self._flops(current_top_k(self.engine.module)) / self._peak,
             "facts": facts.facts,
         }
         shown = {

@@ -207,6 +207,19 @@ def test_dense_twins_are_matched_in_active_parameters_and_not_in_all() -> None:
         require_matched(budgets, ["total"])
 
 
+def test_operations_are_the_mean_over_the_schedule_of_k() -> None:
+    own = load_recipe("sra-small", ["training.top_k_schedule=[[0, 1], [0.25, 2]]"])
+    one, two = (
+        budget(
+            load_recipe("sra-small", ["training.top_k_schedule=[]", f"model.channel.top_k={k}"])
+        )[0]
+        for k in (1, 2)
+    )
+    mean = 0.25 * one.flops + 0.75 * two.flops
+    assert budget(own)[0].flops == pytest.approx(mean) and one.flops < two.flops
+    assert budget(own)[0].active == two.active
+
+
 def test_tables_are_made_again_from_the_cells_alone(tmp_path: Path) -> None:
     health = Health(dead_fraction=0.25, load_cv=0.5, max_violation=1.5)
     own = [

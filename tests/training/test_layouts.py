@@ -6,6 +6,9 @@ import sys
 import pytest
 
 from commands import ROOT, TRAIN, call, launch, losses, step_lines, train
+from sra_ds.config import load_recipe
+from sra_ds.model.flops import flops_per_token
+from sra_ds.model.language_model import build_model
 
 SGD = ("training.optimizer.kind=sgd", "training.optimizer.learning_rate=0.02", "training.steps=6")
 SHORT = ("evaluation.every=0", "checkpoint.every=0")
@@ -21,6 +24,18 @@ def test_zero_stages_tell_the_same_gradient_norm(finished, stage):
     """Before clipping; DeepSpeed tells none at stage 0."""
     norms = [[line["grad_norm"] for line in step_lines(finished(s))] for s in (0, stage)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-3) and min(norms[0]) > 0
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_utilisation_counts_the_whole_model_with_the_k_of_the_step(finished, stage):
+    """The peak is measured anew by every run, so that the ratio of two steps tells."""
+    run = finished(stage)
+    model = build_model(load_recipe(run / "recipe.yaml"), "meta")
+    lines = step_lines(run)
+    per_speed = [lines[at]["mfu"] / lines[at]["tokens_per_second"] for at in (0, -1)]
+    one, two = (flops_per_token(model, 32, top_k) for top_k in (1, 2))
+    assert [lines[at]["top_k"] for at in (0, -1)] == [1, 2] and one < two
+    assert per_speed[0] / per_speed[1] == pytest.approx(one / two)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from sra_ds.config import Recipe
 from sra_ds.errors import ConfigError
 from sra_ds.model.counting import count_parameters, live_share
 from sra_ds.model.flops import flops_per_token
-from sra_ds.model.language_model import build_model
+from sra_ds.model.language_model import LanguageModel, build_model
 
 TOLERANCE = 0.02
 """Relative to the largest: what still counts as matched."""
@@ -16,7 +16,7 @@ TOLERANCE = 0.02
 
 class Budget(BaseModel):
     """Parameters in all and those that one token uses (without routers), with the final k; floating-point
-    operations of training for each token of a full window."""
+    operations of training for each token of a full window, mean over the schedule of k."""
 
     model_config = ConfigDict(frozen=True)
     total: int
@@ -31,8 +31,19 @@ def budget(recipe: Recipe) -> tuple[Budget, float | None]:
     """What a recipe costs, and the share of the entries of sparse matrices that hold a weight."""
     model = build_model(recipe, "meta")
     counts = count_parameters(model)
-    flops = flops_per_token(model, recipe.data.sequence_length)
+    flops = _scheduled_flops(recipe, model)
     return Budget(total=counts["total"], active=counts["active"], flops=flops), live_share(model)
+
+
+def _scheduled_flops(recipe: Recipe, model: LanguageModel) -> float:
+    length, knots = recipe.data.sequence_length, recipe.training.top_k_schedule
+    if not knots:
+        return flops_per_token(model, length)
+    starts = [at for at, _ in knots]
+    return sum(
+        (end - start) * flops_per_token(model, length, int(k))
+        for (start, k), end in zip(knots, [*starts[1:], 1.0], strict=True)
+    )
 
 
 def apart(budgets: Sequence[Budget]) -> dict[str, float]:
