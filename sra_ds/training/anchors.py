@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from torch.utils.hooks import RemovableHandle
 
 from sra_ds.data.loader import Batch
 from sra_ds.errors import ConfigError
@@ -23,6 +22,7 @@ from sra_ds.moe.routers import CosineRouter, LinearRouter
 from sra_ds.storage.fragments import Fragment, TensorFiles, whole_tensor
 from sra_ds.training.engine import read_parameter, write_parameter
 from sra_ds.training.engine_state import START
+from sra_ds.training.hooks import of_valid_tokens
 
 
 @torch.no_grad()
@@ -48,22 +48,6 @@ def router_inputs(routers: Sequence[nn.Module], forward: nn.Module, batch: Batch
     inputs: list[Tensor] = []
     handles = [router.register_forward_pre_hook(_keep(inputs)) for router in routers]
     return of_valid_tokens(inputs, handles, forward, batch)
-
-
-def of_valid_tokens(
-    seen: list[Tensor], handles: Sequence[RemovableHandle], forward: nn.Module, batch: Batch
-) -> list[Tensor]:
-    """What the hooks behind `handles` put into `seen` in a forward pass without dropout or noise, its
-    first dimension cut to the valid tokens; the hooks are removed. Collective."""
-    training = forward.training
-    forward.eval()
-    with torch.compiler.set_stance("force_eager"):  # compiled blocks do not see new hooks
-        forward(*batch)
-    forward.train(training)
-    for handle in handles:
-        handle.remove()
-    valid = slice(None) if batch.valid_BT is None else batch.valid_BT.flatten()
-    return [x[valid] for x in seen]
 
 
 def _keep(inputs: list[Tensor]) -> Any:

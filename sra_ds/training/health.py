@@ -28,6 +28,7 @@ from sra_ds.moe.routing import Routing
 from sra_ds.training.alarms import Alarm, Key, judge, rules
 from sra_ds.training.anchors import AnchorDrift
 from sra_ds.training.controllers.schedules import current_top_k
+from sra_ds.training.hooks import hooked
 from sra_ds.training.processes import mean_over_ranks
 
 BUCKETS = 32
@@ -210,7 +211,6 @@ class Health:
 def first_non_finite(engine: Any, batch: Batch) -> str:
     """Name of the first part whose output is not finite on this batch; `NOT_FORWARD` if all are."""
     found: list[str] = []
-    handles = []
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -230,12 +230,9 @@ def first_non_finite(engine: Any, batch: Batch) -> str:
         if block.memory is not None:
             parts.append((f"layer {number} memory", block.memory))
     parts.append(("final norm", engine.module.final_norm))
-    for name, module in parts:
-        handles.append(module.register_forward_hook(watch(name)))
-    with torch.no_grad():
+    handles = [module.register_forward_hook(watch(name)) for name, module in parts]
+    with hooked(handles), torch.no_grad():
         output: ModelOutput = engine(*batch)
-    for handle in handles:
-        handle.remove()
     if found:
         return found[0]
     if output.loss_sum is not None and not torch.isfinite(output.loss_sum):

@@ -23,9 +23,10 @@ from sra_ds.metrics import specialisation
 from sra_ds.model.init import generator
 from sra_ds.moe.experts import even_counts
 from sra_ds.moe.layer import MoELayer
-from sra_ds.training.anchors import of_valid_tokens, router_inputs
+from sra_ds.training.anchors import router_inputs
 from sra_ds.training.controllers.protocol import BatchOf, Event, Seen
 from sra_ds.training.engine import gathered
+from sra_ds.training.hooks import of_valid_tokens
 
 COLLAPSE = 0.1
 """Fall of the score from one measurement to the next that is answered at once."""
