@@ -1,12 +1,17 @@
 """Every sh block of the README and of the pages in docs/ is run, in the order of its page, by the shell,
 in a folder where what it names is there; training only as far as --dry-run goes, but in the tutorial.
+Comparisons and measurements, which need minutes, are parsed by their tools.
 """
 
+import argparse
 import json
 import lzma
 import random
 import re
+import runpy
+import shlex
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +21,10 @@ import yaml
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from commands import RECIPE, ROOT, environment, train
+from sra_ds import cli
 from sra_ds.config.loading import merge
+from sra_ds.evaluation.compare.budgets import budget, require_matched
+from sra_ds.evaluation.compare.cells import cells_of
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ELSEWHERE = {
@@ -164,6 +172,35 @@ PREPARE = {"export": prepare_export, "coherence": prepare_coherence}
 """What a page supposes that is not there."""
 
 
-def test_what_is_run_elsewhere_is() -> None:
+def long_commands(page: Path) -> list[list[str]]:
+    """Words of the commands of a page that need minutes, in sh blocks or between backticks."""
+    text = page.read_text("utf-8")
+    found = [*commands(page), *re.findall(r"`(?:python )?(tools/[^`]+ [^`]+)`", text)]
+    lines = [line.removeprefix("python ") for line in found]
+    return [shlex.split(line) for line in lines if line.split()[0] in ELSEWHERE]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if long_commands(p)], ids=lambda p: p.stem)
+def test_commands_that_need_minutes_are_understood(
+    page: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By their tools, and a comparison up to what it would train."""
+
+    class Parsed(Exception):
+        """In the place of the work."""
+
+    def parsed(arguments: argparse.Namespace, *_: object) -> None:
+        raise Parsed(arguments)
+
+    monkeypatch.setattr(cli, "run", parsed)
+    for program, *words in long_commands(page):
+        monkeypatch.setattr(sys, "argv", [program, *words])
+        with pytest.raises(Parsed) as found:
+            runpy.run_path(str(ROOT / program))["main"]()
+        asked = found.value.args[0]
+        if program == "tools/compare.py" and asked.recipes:
+            cells = cells_of(asked.recipes, asked.set, asked.seeds)
+            budgets = {cell.recipe.name: budget(cell.recipe)[0] for cell in cells}
+            require_matched(budgets, asked.matched)
     for program, place in ELSEWHERE.items():
         assert (ROOT / program).is_file() and (ROOT / place).exists()
