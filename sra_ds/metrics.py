@@ -16,16 +16,10 @@ HISTOGRAM_EDGES = (0.0, *(2.0**power for power in range(-6, 3)))
 """Upper bounds of the bins of `load_histogram`, 0, 1/64, 1/32, ... 4; the last bin has none."""
 
 
-def dead_experts(load_E: Tensor, tokens: float) -> dict[str, int]:
-    """Dead experts of a layer at both published definitions.
-
-    `by_routes` (v1): fewer than 1e-4 of the layer's routes. `by_tokens` (v2): chosen by fewer than 1e-4
-    of the tokens, which is k times laxer.
-    """
-    return {
-        "by_routes": int((load_E < DEAD_SHARE * load_E.sum()).sum()),
-        "by_tokens": int((load_E < DEAD_SHARE * tokens).sum()),
-    }
+def is_dead(load_E: Tensor, tokens: float | None = None) -> Tensor:
+    """Whether each expert, in the last dimension, has fewer than 1e-4 of its layer's routes (v1), or with
+    `tokens` was chosen by fewer than 1e-4 of those (v2), which is k times laxer."""
+    return load_E < DEAD_SHARE * (load_E.sum(-1, keepdim=True) if tokens is None else tokens)
 
 
 def load_summary(load_E: Tensor, tokens: float) -> dict[str, float]:
@@ -39,7 +33,8 @@ def load_summary(load_E: Tensor, tokens: float) -> dict[str, float]:
     entropy = -(share * share.clamp(min=1e-300).log()).sum()
     mean = load.mean().clamp(min=1e-12)
     return {
-        **{f"dead_{name}": count for name, count in dead_experts(load, tokens).items()},
+        "dead_by_routes": int(is_dead(load).sum()),
+        "dead_by_tokens": int(is_dead(load, tokens).sum()),
         "load_cv": float(load.std(correction=0) / mean),
         "max_violation": float(load.max() / mean - 1),
         "min_share": float(share.min()),

@@ -8,7 +8,7 @@ import torch
 from sra_ds.metrics import (
     HISTOGRAM_EDGES,
     anchor_drift,
-    dead_experts,
+    is_dead,
     load_histogram,
     load_summary,
 )
@@ -29,7 +29,11 @@ def test_the_two_published_definitions_of_a_dead_expert_differ_by_k() -> None:
     tokens, top_k = 1_000_000, 2
     load_E = torch.tensor([99.0, 100.0, 150.0, 199.0, 200.0, 0.0])
     load_E = torch.cat([load_E, torch.tensor([top_k * tokens - float(load_E.sum())])])
-    assert dead_experts(load_E, tokens) == {"by_routes": 5, "by_tokens": 2}
+    assert is_dead(load_E).tolist() == [True] * 4 + [False, True, False]
+    assert is_dead(load_E, tokens).tolist() == [True] + [False] * 4 + [True, False]
+    assert torch.equal(is_dead(load_E.expand(3, -1)), is_dead(load_E).expand(3, -1))
+    summary = load_summary(load_E, tokens)
+    assert (summary["dead_by_routes"], summary["dead_by_tokens"]) == (5, 2)
 
 
 @pytest.mark.parametrize("experts", [1, 4, 128])

@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.stats import binomtest, mannwhitneyu, norm
 from tokenizers import Tokenizer
@@ -26,7 +27,7 @@ from sra_ds.analysis.tables import (
     top_labels,
 )
 from sra_ds.analysis.traces import Trace
-from sra_ds.metrics import DEAD_SHARE
+from sra_ds.metrics import is_dead
 
 TOP_TOKENS = 10
 SIGNIFICANT = 0.05
@@ -204,18 +205,19 @@ def profile_layer(
     vocabulary_E = expert_label_share_E(tables.tokens)
     partner_E, partner_share_E = _partners(trace.pairs_LEE[layer])
     means = {name: values_LE[layer] for name, values_LE in trace.expert_means.items()}
+    dead_E = is_dead(torch.tensor(load_E)).tolist()
+    hardly_E = is_dead(torch.tensor(load_E), trace.tokens).tolist()
     profiles = []
     for expert in range(slots):
         classes = {c: float(s) for c, s in zip(CLASSES, classes_CE[:, expert], strict=True)}
         function_share = sum(classes[name] for name in FUNCTION_CLASSES)
-        dead_by_routes = bool(load_E[expert] < DEAD_SHARE * load_E.sum())
-        kind = _kind(dead_by_routes, function_share, coherences[expert])
+        kind = _kind(dead_E[expert], function_share, coherences[expert])
         domains = {d: float(s) for d, s in zip(trace.domains, domains_GE[:, expert], strict=True)}
         profiles.append(
             Profile(
                 layer, expert, kind, _describe(kind, classes),
                 float(load_E[expert] / max(load_E.sum(), 1)),
-                dead_by_routes, bool(load_E[expert] < DEAD_SHARE * trace.tokens),
+                dead_E[expert], hardly_E[expert],
                 tokens[expert], top_words[expert], near[expert], coherences[expert],
                 float(vocabulary_E[expert]), function_share, classes, domains,
                 int(partner_E[expert]) if partner_share_E[expert] > 0 else None,

@@ -17,7 +17,7 @@ from sra_ds.config.model import HashRouterConfig, MoEChannelConfig
 from sra_ds.config.training import WINDOW_TOKENS
 from sra_ds.data.loader import Batch
 from sra_ds.metrics import (
-    DEAD_SHARE,
+    is_dead,
     layers_summary,
     load_histogram,
     load_summary,
@@ -79,10 +79,9 @@ class RecentLoad:
         """Experts of each layer with fewer than 1e-4 of the window's routes."""
         if self.load_LE is None:
             return []
-        dead_LE = self.load_LE < DEAD_SHARE * self.load_LE.sum(-1, keepdim=True)
         return [
             dead_E[:slots].nonzero().flatten().tolist()
-            for dead_E, slots in zip(dead_LE, self._slots(), strict=True)
+            for dead_E, slots in zip(is_dead(self.load_LE), self._slots(), strict=True)
         ]
 
     def _slots(self) -> list[int]:

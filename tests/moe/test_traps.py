@@ -21,7 +21,7 @@ from sra_ds.config.model import CosineRouterConfig, MoEChannelConfig
 from sra_ds.data.loader import Batch
 from sra_ds.errors import ConfigError
 from sra_ds.losses import auxiliary_losses, balance_loss, dispersion_loss, total_loss
-from sra_ds.metrics import dead_experts
+from sra_ds.metrics import is_dead
 from sra_ds.model.counting import count_parameters
 from sra_ds.model.language_model import LanguageModel, build_model
 from sra_ds.moe.layer import Given, MoELayer
@@ -234,9 +234,9 @@ def test_trap_v1_6_padding_changes_no_balance_loss_load_or_dead_count(
     torch.testing.assert_close(balance_loss(padded, loss), balance_loss(alone, loss), **near)
     assert (balance_loss(counted, loss) - balance_loss(alone, loss)).abs() > 1e-3
     assert torch.equal(padded.load_E, alone.load_E)
-    assert dead_experts(padded.load_E, float(padded.valid_count)) == dead_experts(
-        alone.load_E, float(alone.valid_count)
-    )
+    for tokens in (None, float(alone.valid_count)):
+        assert torch.equal(is_dead(padded.load_E, tokens), is_dead(alone.load_E, tokens))
+    assert padded.valid_count == alone.valid_count
 
 
 class Calls(TorchDispatchMode):

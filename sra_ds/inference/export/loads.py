@@ -19,7 +19,7 @@ from torch import Tensor
 from sra_ds.errors import CheckpointError
 from sra_ds.inference.load import LoadedRun
 from sra_ds.inference.places import Place, routed
-from sra_ds.metrics import DEAD_SHARE
+from sra_ds.metrics import is_dead
 
 
 class Loads(NamedTuple):
@@ -41,8 +41,7 @@ class Loads(NamedTuple):
 
     def dead(self, layer: int) -> list[int]:
         """Experts with fewer than 1e-4 of the layer's routes."""
-        routes_E = self.routes_LE[layer]
-        return (routes_E < DEAD_SHARE * routes_E.sum()).nonzero().flatten().tolist()
+        return is_dead(self.routes_LE[layer]).nonzero().flatten().tolist()
 
     def least_first(self, layer: int) -> list[int]:
         """All experts by rising load, ties by falling number."""

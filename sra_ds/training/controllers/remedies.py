@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sra_ds.config import Recipe
-from sra_ds.metrics import DEAD_SHARE
+from sra_ds.metrics import is_dead
 from sra_ds.model.init import generator
 from sra_ds.training.anchors import router_inputs
 from sra_ds.training.controllers.protocol import BatchOf, Event, Seen
@@ -74,7 +74,7 @@ class Remedies:
             return []
         self.tokens, self.load_LE = 0.0, None
         ratio_LE = load_LE / load_LE.mean(-1, keepdim=True)
-        dead_LE = load_LE < DEAD_SHARE * load_LE.sum(-1, keepdim=True)
+        dead_LE = is_dead(load_LE)
         done = []
         if self.config.reseed_dead_anchors:
             done += self._reseed(step, dead_LE, ratio_LE)
