@@ -21,12 +21,14 @@ FOUNDATION = {
     "model",
     "losses",
     "metrics",
+    "processes",
 }
 ALLOWED = {
     "errors": set(),
     "heap": set(),
     "intervals": set(),
     "timing": set(),
+    "processes": set(),
     "config": {"errors"},
     "ops": {"errors"},
     "data": {"errors", "config"},

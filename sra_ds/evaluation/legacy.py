@@ -24,7 +24,8 @@ from sra_ds.config.data import CorpusConfig, DocstringsConfig
 from sra_ds.data.shards import TokenSplit
 from sra_ds.data.tokenizer import end_of_text_id
 from sra_ds.evaluation.perplexity import Model, exp_or_infinity
-from sra_ds.evaluation.ranks import share_of_rank, sum_over_ranks
+from sra_ds.evaluation.ranks import share_of_rank
+from sra_ds.processes import sum_over_ranks
 
 BLOCK, SHORTEST, BATCH, PAD = 256, 128, 128, 0
 FORWARD_BLOCKS = 16

@@ -18,10 +18,11 @@ from tqdm import tqdm
 
 from sra_ds.data.loader import IGNORED, Batch, ScoringWindow, scoring_batches, scoring_windows
 from sra_ds.data.shards import TokenSplit
-from sra_ds.evaluation.ranks import share_of_rank, sum_over_ranks
+from sra_ds.evaluation.ranks import share_of_rank
 from sra_ds.heap import giving_back
 from sra_ds.metrics import stacked_loads
 from sra_ds.model.language_model import ModelOutput
+from sra_ds.processes import sum_over_ranks
 
 Model = Callable[..., ModelOutput]
 

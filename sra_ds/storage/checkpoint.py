@@ -20,11 +20,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch.distributed as dist
 from safetensors import SafetensorError
 
 from sra_ds.data.tokenizer import file_sha256
 from sra_ds.errors import CheckpointError
+from sra_ds.processes import from_all, rank, world_size
 from sra_ds.storage.fragments import Fragment, TensorFiles, write_fragments
 from sra_ds.storage.run_dir import read_json_object, write_atomically
 
@@ -73,10 +73,10 @@ def save_checkpoint(folder: Path, contents: Contents, layout: Layout) -> None:
     partial = folder.with_name(folder.name + ".partial")
     try:
         _together(lambda: _new_folder(partial), only_first=True)
-        parts = _together(lambda: _write_tensors(partial, contents, _rank(), _world()))
+        parts = _together(lambda: _write_tensors(partial, contents, rank(), world_size()))
         _together(lambda: _complete(partial, folder, contents, layout, parts), only_first=True)
     except (OSError, RuntimeError, SafetensorError, CheckpointError):
-        if is_first():
+        if rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)  # give its space back
         raise
 
@@ -86,8 +86,8 @@ def save_parts(folder: Path, contents: Iterable[Contents], layout: Layout) -> No
     partial = folder.with_name(folder.name + ".partial")
     _new_folder(partial)
     parts = []
-    for rank, own in enumerate(contents):
-        parts.append(_write_tensors(partial, own, rank, layout.world_size))
+    for number, own in enumerate(contents):
+        parts.append(_write_tensors(partial, own, number, layout.world_size))
     _complete(partial, folder, own, layout, parts)
 
 
@@ -216,7 +216,7 @@ def verify_together(folder: Path) -> None:
 
     def own_share() -> None:
         files = sorted(read_manifest(folder)["files"])
-        verify(folder, set(files[_rank() :: _world()]).__contains__)
+        verify(folder, set(files[rank() :: world_size()]).__contains__)
 
     _together(own_share)
 
@@ -292,11 +292,6 @@ def find(checkpoints: Path, which: str) -> Chosen:
     return Chosen(checkpoints / which, "the step asked for", [])
 
 
-def is_first() -> bool:
-    """Whether this is rank 0, or the only process."""
-    return _rank() == 0
-
-
 def _file_name(stem: str, rank: int, world: int) -> str:
     """`model.safetensors`, or of one of several `model-00002-of-00004.safetensors`."""
     return f"{stem}.safetensors" if world == 1 else f"{stem}-{rank:05d}-of-{world:05d}.safetensors"
@@ -318,25 +313,14 @@ def _together(act: Callable[[], Any], only_first: bool = False) -> list[Any]:
     Collective."""
     result, failure = None, None
     try:
-        if not only_first or is_first():
+        if not only_first or rank() == 0:
             result = act()
     except (OSError, RuntimeError, SafetensorError, CheckpointError) as error:
         failure = error
-    outcomes: list[Any] = [(result, None if failure is None else str(failure))]
-    if _world() > 1:
-        own, outcomes = outcomes[0], [None] * _world()
-        dist.all_gather_object(outcomes, own)
+    outcomes = from_all((result, None if failure is None else str(failure)))
     if failure is not None:
         raise failure
-    for rank, (_, text) in enumerate(outcomes):
+    for number, (_, text) in enumerate(outcomes):
         if text is not None:
-            raise CheckpointError(f"process {rank}: {text}")
+            raise CheckpointError(f"process {number}: {text}")
     return [found for found, _ in outcomes]
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1

@@ -24,10 +24,10 @@ from sra_ds.moe.placement import BackendName, Placement
 from sra_ds.moe.routing import Routing, route
 from sra_ds.ops.extension import extension
 from sra_ds.ops.kernel_build import library_name
+from sra_ds.processes import from_first
 from sra_ds.storage.run_dir import write_atomically
 from sra_ds.timing import Work, in_turn, medians
 from sra_ds.training import environment
-from sra_ds.training.processes import from_first
 
 ROUNDS = 7
 MAX_TOKENS = 8192

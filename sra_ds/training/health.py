@@ -25,11 +25,11 @@ from sra_ds.metrics import (
 )
 from sra_ds.model.language_model import LanguageModel, ModelOutput
 from sra_ds.moe.routing import Routing
+from sra_ds.processes import mean_over_ranks
 from sra_ds.training.alarms import Alarm, Key, judge, rules
 from sra_ds.training.anchors import AnchorDrift
 from sra_ds.training.controllers.schedules import current_top_k
 from sra_ds.training.hooks import hooked
-from sra_ds.training.processes import mean_over_ranks
 
 BUCKETS = 32
 NOT_FORWARD = "the gradient (the forward pass is finite)"

@@ -29,6 +29,7 @@ from sra_ds.model.flops import flops_per_token
 from sra_ds.model.language_model import build_model
 from sra_ds.moe.routing import Routing
 from sra_ds.ops.precision import widened
+from sra_ds.processes import from_all, mean_over_ranks
 from sra_ds.storage import checkpoint
 from sra_ds.storage.run_dir import RunDir, read_json
 from sra_ds.training.controllers.protocol import Controller, Event, Seen
@@ -43,7 +44,6 @@ from sra_ds.training.engine_state import engine_state
 from sra_ds.training.feed import Feed
 from sra_ds.training.health import NOT_FORWARD, Health, first_non_finite
 from sra_ds.training.logging import RunLog
-from sra_ds.training.processes import from_all, mean_over_ranks
 from sra_ds.training.step import step_loss
 from sra_ds.training.stop import StopRequest
 

@@ -1,4 +1,4 @@
-"""The processes of one run: joining, agreeing, and statistics over all of them."""
+"""The processes of one run: joining, leaving, and routing statistics over all of them."""
 
 import logging
 import os
@@ -8,9 +8,9 @@ from pathlib import Path
 import deepspeed
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from sra_ds.moe.routing import Routing
+from sra_ds.processes import several
 from sra_ds.training.rendezvous import start_together
 
 
@@ -38,37 +38,6 @@ def finish_processes() -> None:
     """Leave the process group so that no rank waits for one that is gone."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def several() -> bool:
-    """Whether this run has more than one process."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def from_first(text: str) -> str:
-    """Rank 0's text, on every rank. Collective."""
-    shared = [text]
-    if several():
-        dist.broadcast_object_list(shared, src=0)
-    return shared[0]
-
-
-def from_all(text: str) -> list[str]:
-    """Every rank's text, by rank. Collective."""
-    if not several():
-        return [text]
-    texts = [""] * dist.get_world_size()
-    dist.all_gather_object(texts, text)
-    return texts
-
-
-def mean_over_ranks(values: Tensor) -> Tensor:
-    """The mean of each value over all processes. Collective."""
-    if not several():
-        return values
-    summed = values.clone()
-    dist.all_reduce(summed)
-    return summed / dist.get_world_size()
 
 
 def over_ranks(routings: Sequence[Routing]) -> list[Routing]:

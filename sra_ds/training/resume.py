@@ -6,9 +6,9 @@ from typing import NamedTuple
 from sra_ds.config import Recipe
 from sra_ds.config.difference import first_difference
 from sra_ds.errors import ConfigError
+from sra_ds.processes import from_first
 from sra_ds.storage import checkpoint
 from sra_ds.storage.run_dir import RunDir, read_json
-from sra_ds.training.processes import from_first
 
 MAY_CHANGE = (
     "description",

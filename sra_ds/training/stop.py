@@ -7,8 +7,7 @@ process of the group: the handler only notes the first signal and ignores the ot
 import signal
 from types import FrameType
 
-import torch
-import torch.distributed as dist
+from sra_ds.processes import any_of
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -31,13 +30,7 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """Whether any process was asked to stop; the same answer on all of them."""
-        asked = self.signal is not None
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-            flag = torch.tensor([float(asked)], device=device)
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            asked = bool(flag.item())
-        return asked
+        return any_of(self.signal is not None)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame

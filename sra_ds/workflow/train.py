@@ -25,6 +25,7 @@ from sra_ds.evaluation.legacy import hard_wrapped, legacy_sra
 from sra_ds.evaluation.perplexity import Setting, capped_nll, evaluate
 from sra_ds.inference.load import load_weights_into
 from sra_ds.model.language_model import LanguageModel, build_model
+from sra_ds.processes import from_first
 from sra_ds.storage import checkpoint
 from sra_ds.storage.run_dir import (
     RunDir,
@@ -43,7 +44,7 @@ from sra_ds.training.engine import build_engine
 from sra_ds.training.engine_state import restore_engine
 from sra_ds.training.feed import build_feed
 from sra_ds.training.loop import Trainer, Validate
-from sra_ds.training.processes import from_first, start_processes
+from sra_ds.training.processes import start_processes
 from sra_ds.training.resume import Resumed, choose_checkpoint
 from sra_ds.workflow.report import report
 from sra_ds.workflow.resolve import Resolved

@@ -20,6 +20,7 @@ from sra_ds.config import Recipe
 from sra_ds.data.loader import random_batch
 from sra_ds.model.init import generator
 from sra_ds.model.language_model import LanguageModel, build_model
+from sra_ds.processes import mean_over_ranks
 from sra_ds.storage import checkpoint
 from sra_ds.storage.fragments import Fragment
 from sra_ds.training.controllers import build_engine_controllers
@@ -27,7 +28,6 @@ from sra_ds.training.controllers.protocol import Seen
 from sra_ds.training.controllers.schedules import learning_rate
 from sra_ds.training.engine import build_optimizer, set_learning_rate
 from sra_ds.training.engine_state import engine_state, restore_engine
-from sra_ds.training.processes import mean_over_ranks
 from sra_ds.training.step import step_loss
 
 SGD = {"kind": "sgd", "learning_rate": 0.1, "momentum": 0.9}

@@ -23,10 +23,10 @@ from families import FAMILIES
 from sra_ds.config import Recipe
 from sra_ds.data.loader import Batch, random_batch
 from sra_ds.model.language_model import LanguageModel, build_model
+from sra_ds.processes import mean_over_ranks
 from sra_ds.training.controllers import build_controllers
 from sra_ds.training.controllers.protocol import Seen
 from sra_ds.training.engine import build_optimizer
-from sra_ds.training.processes import mean_over_ranks
 
 RESONANCE = ("resonance", "resonance-moe", "resonance-blocks")
 SPECTRAL = ("spectral", "spectral-hybrid", "spectral-controls")
