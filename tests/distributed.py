@@ -25,8 +25,8 @@ from commands import ROOT
 from sra_ds.config import Recipe
 from sra_ds.config.loading import merge, validate
 from sra_ds.data.loader import Batch, random_batch
-from sra_ds.model.init import generator
 from sra_ds.model.language_model import LanguageModel, build_model
+from sra_ds.seeds import generator
 from sra_ds.training.ds_config import merge_ds_config, plan_batches, read_ds_config
 from sra_ds.training.engine import build_engine, plain_gradient_norm
 from sra_ds.training.environment import be_local_rank, free_port, prepare_process

@@ -13,7 +13,8 @@ from typing import Any
 
 from sra_ds import cli
 from sra_ds.errors import BackendUnavailable
-from sra_ds.ops.extension import cache_folder
+from sra_ds.files import user_cache
+from sra_ds.ops.extension import KERNELS
 from sra_ds.ops.kernel_build import EVERYWHERE, BuildError, asked_for, build, install
 from sra_ds.ops.kernel_report import kernel_reports
 
@@ -38,7 +39,7 @@ def command(arguments: argparse.Namespace) -> dict[str, Any]:
             kernels = kernel_reports(Path(scratch)) if archs else []
         except BuildError as error:
             raise BackendUnavailable(str(error)) from None
-        target = (arguments.out or cache_folder()) / library.name
+        target = (arguments.out or user_cache(KERNELS)) / library.name
         install(library, target)
     return {
         "library": str(target),

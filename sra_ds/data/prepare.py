@@ -28,12 +28,12 @@ from sra_ds.data.shards import SCHEMA_VERSION, ShardWriter, TokenCorpus, TokenSp
 from sra_ds.data.sources import open_source
 from sra_ds.data.tokenizer import (
     end_of_text_id,
-    file_sha256,
     limit_bytes,
     load_tokenizer,
     train_tokenizer,
 )
 from sra_ds.errors import DataError
+from sra_ds.files import file_sha256
 
 BATCH_CHARACTERS = 2_000_000
 LAST_DOMAIN = 2**16 - 1

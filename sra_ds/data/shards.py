@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sra_ds.data.tokenizer import file_sha256
 from sra_ds.errors import DataError
+from sra_ds.files import file_sha256
 
 SCHEMA_VERSION = 1
 SHARD_TOKENS = 2**26

@@ -1,6 +1,5 @@
 """Byte-level BPE with one special token, `<|endoftext|>`: invertible, no unknown token, no padding."""
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -67,12 +66,6 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
     number = tokenizer.token_to_id(END_OF_TEXT)
     assert number is not None  # load and train make sure of it
     return number
-
-
-def file_sha256(path: Path) -> str:
-    """Hash of a file's bytes."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def limit_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:

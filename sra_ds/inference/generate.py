@@ -22,9 +22,9 @@ from torch import Tensor
 
 from sra_ds.data.tokenizer import end_of_text_id
 from sra_ds.errors import ConfigError, DataError
-from sra_ds.model.init import generator
 from sra_ds.model.language_model import LanguageModel
 from sra_ds.ops.precision import widened, widest
+from sra_ds.seeds import generator
 
 BROKEN = "\ufffd"
 """What undecodable bytes become."""

@@ -7,7 +7,6 @@ N(0, 0.02), biases 0, projections into the residual stream N(0, 0.02 / sqrt(2 L)
 Parts that refine or add to another start at or near doing nothing.
 """
 
-import hashlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sra_ds.config.model import CosineRouterConfig, RandomRouterConfig
+from sra_ds.layers import Linear, ResidualLinear, ZeroLinear
 from sra_ds.model.channels.prime_masked import BlockLinear, MaskedLinear, SparseLinear
 from sra_ds.model.embeddings.factorised import FactorisedEmbedding
 from sra_ds.model.embeddings.prime_hilbert import PrimeHilbertEmbedding
@@ -36,17 +36,10 @@ from sra_ds.model.mixers.resonance import Resonance
 from sra_ds.model.mixers.wave_conv import BandGates
 from sra_ds.moe.coupling import UNIT_WEIGHT, GraphRound, HypergraphRound
 from sra_ds.moe.experts import GroupedExperts
-from sra_ds.moe.linear import Linear, ResidualLinear, ZeroLinear
 from sra_ds.moe.routers import CosineRouter, LinearRouter, RandomRouter
+from sra_ds.seeds import generator
 
 STD = 0.02
-
-
-def generator(seed: int, *path: object) -> torch.Generator:
-    """A CPU generator for one tensor, seeded by the hash of (seed, path)."""
-    text = "/".join(map(str, (seed, *path)))
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sra_ds.config.model import GraphCouplingConfig, HypergraphCouplingConfig
-from sra_ds.moe.linear import Linear, ZeroLinear
+from sra_ds.layers import Linear, ZeroLinear
 from sra_ds.ops.hypergraph import propagation
 from sra_ds.ops.linear import linear
 from sra_ds.ops.precision import at_least_float32

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sra_ds.config.model import FeedForwardConfig, GeluConfig, SwigluConfig
-from sra_ds.moe.linear import Linear, ResidualLinear
+from sra_ds.layers import Linear, ResidualLinear
 from sra_ds.ops.feed_forward import Weights, feed_forward
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from sra_ds.errors import BackendUnavailable, ConfigError
+from sra_ds.files import user_cache
 from sra_ds.ops.kernel_build import (
     PACKAGE,
     BuildError,
@@ -28,6 +29,8 @@ from sra_ds.ops.kernel_build import (
 
 Answer = TypeVar("Answer", bound=Callable[..., bool])
 CHOICES = ("auto", "compiled", "reference")
+KERNELS = "kernels"
+"""Folder of the user's cache where libraries are built when the package has none that serves."""
 
 
 class Extension(NamedTuple):
@@ -113,12 +116,6 @@ def gpu_capabilities() -> frozenset[tuple[int, int]]:
     )
 
 
-def cache_folder() -> Path:
-    """Where libraries are built when the package has none that serves."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "sra_ds" / "kernels"
-
-
 def _library(capabilities: frozenset[tuple[int, int]]) -> tuple[Path, str]:
     """A library of the present sources, and where it comes from: the package, the user's cache, or a
     compiler. One that does not serve the GPUs is the last choice."""
@@ -129,7 +126,7 @@ def _library(capabilities: frozenset[tuple[int, int]]) -> tuple[Path, str]:
     try:
         why = _why_not_for_gpus()
         if for_cpus is None or not why:
-            path, why = build_what_is_wanted(cache_folder())
+            path, why = build_what_is_wanted(user_cache(KERNELS))
             for_cpus = path, "built on first use"
     except BuildError as error:
         if for_cpus is None:
@@ -153,7 +150,7 @@ def _libraries() -> Iterator[tuple[Path, str]]:
     stem = Path(library_name()).stem
     places = (
         (PACKAGE, "installed with the package"),
-        (cache_folder(), "built on this machine before"),
+        (user_cache(KERNELS), "built on this machine before"),
     )
     for folder, how in places:
         for path in sorted(folder.glob(f"{stem}*.so"), key=lambda path: len(path.name)):

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 
-from sra_ds.data.tokenizer import file_sha256
 from sra_ds.errors import CheckpointError
+from sra_ds.files import file_sha256
 from sra_ds.processes import from_all, rank, world_size
 from sra_ds.storage.fragments import Fragment, TensorFiles, write_fragments
 from sra_ds.storage.run_dir import read_json_object, write_atomically

@@ -15,10 +15,10 @@ from torch.nn.functional import normalize
 from sra_ds.data.loader import Batch
 from sra_ds.errors import ConfigError
 from sra_ds.metrics import anchor_drift
-from sra_ds.model.init import generator
 from sra_ds.model.language_model import LanguageModel
 from sra_ds.moe.layer import MoELayer
 from sra_ds.moe.routers import CosineRouter, LinearRouter
+from sra_ds.seeds import generator
 from sra_ds.storage.fragments import Fragment, TensorFiles, whole_tensor
 from sra_ds.training.engine import read_parameter, write_parameter
 from sra_ds.training.engine_state import START

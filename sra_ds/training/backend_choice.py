@@ -7,7 +7,6 @@ are kept in the user's cache under everything they depend on.
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 from functools import partial
 from importlib.util import find_spec
@@ -18,13 +17,14 @@ import torch
 
 from sra_ds.config import Recipe
 from sra_ds.config.model import MoEChannelConfig
-from sra_ds.model.init import generator
+from sra_ds.files import user_cache
 from sra_ds.moe.layer import build_backend
 from sra_ds.moe.placement import BackendName, Placement
 from sra_ds.moe.routing import Routing, route
 from sra_ds.ops.extension import extension
 from sra_ds.ops.kernel_build import library_name
 from sra_ds.processes import from_first
+from sra_ds.seeds import generator
 from sra_ds.storage.run_dir import write_atomically
 from sra_ds.timing import Work, in_turn, medians
 from sra_ds.training import environment
@@ -74,7 +74,7 @@ def choose_backend(
     """Measure, or remember, for micro-batches of `tokens` on a process."""
     tokens = min(tokens, MAX_TOKENS)
     names = installed_backends(device)
-    path = _cache_folder(cache) / f"{_key(recipe, tokens, device, dtype, names)}.json"
+    path = (cache or user_cache("backends")) / f"{_key(recipe, tokens, device, dtype, names)}.json"
     try:
         found = json.loads(path.read_text("utf-8"))
         if isinstance(found, dict) and set(found) == set(names):
@@ -135,8 +135,3 @@ def _key(
     }
     text = json.dumps(facts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def _cache_folder(given: Path | None) -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return given or Path(root) / "sra_ds" / "backends"

@@ -19,10 +19,10 @@ from sra_ds.config.model import CosineRouterConfig, MoEChannelConfig
 from sra_ds.data.loader import Batch, TrainingWindows
 from sra_ds.data.prepare import prepare
 from sra_ds.data.shards import TokenCorpus
-from sra_ds.data.tokenizer import file_sha256
 from sra_ds.errors import TrainingError
 from sra_ds.evaluation.legacy import hard_wrapped, legacy_sra
 from sra_ds.evaluation.perplexity import Setting, capped_nll, evaluate
+from sra_ds.files import file_sha256
 from sra_ds.inference.load import load_weights_into
 from sra_ds.model.language_model import LanguageModel, build_model
 from sra_ds.processes import from_first

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from commands import losses, train
 from sra_ds.config.loading import validate
-from sra_ds.data.tokenizer import file_sha256
+from sra_ds.files import file_sha256
 from sra_ds.inference.export.prune import smaller_recipe
 from sra_ds.inference.load import load_run
 from sra_ds.storage.checkpoint import read_manifest

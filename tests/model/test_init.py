@@ -9,8 +9,8 @@ from torch import Tensor
 
 from sra_ds.config import Recipe
 from sra_ds.config.loading import merge
-from sra_ds.model.init import generator
 from sra_ds.model.language_model import build_model
+from sra_ds.seeds import generator
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

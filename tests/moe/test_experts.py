@@ -9,8 +9,8 @@ from torch import Tensor
 
 from references import assert_same, gradients, leaves, randomise, stacked_gradients, unstack
 from sra_ds.config.model import FeedForwardConfig
+from sra_ds.layers import ResidualLinear
 from sra_ds.moe.experts import build_experts, build_feed_forward
-from sra_ds.moe.linear import ResidualLinear
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

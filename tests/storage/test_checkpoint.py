@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distributed import run_ranks
-from sra_ds.data.tokenizer import file_sha256
 from sra_ds.errors import CheckpointError
+from sra_ds.files import file_sha256
 from sra_ds.storage import checkpoint
 from sra_ds.storage.checkpoint import Contents, Layout, save_checkpoint, verify, verify_together
 from sra_ds.storage.fragments import Fragment, Range, whole_tensor

@@ -28,9 +28,9 @@ from distributed import (
 from sra_ds.config import Recipe, load_recipe
 from sra_ds.config.loading import merge
 from sra_ds.model import init
-from sra_ds.model.init import generator
 from sra_ds.model.language_model import LanguageModel, build_model
 from sra_ds.moe.placement import Placement
+from sra_ds.seeds import generator
 from sra_ds.training.engine import (
     build_optimizer,
     read_parameter,

@@ -18,9 +18,9 @@ from distributed import config_of, cut, enlarge, held_weights, open_engine, reci
 from families import FAMILIES
 from sra_ds.config import Recipe
 from sra_ds.data.loader import random_batch
-from sra_ds.model.init import generator
 from sra_ds.model.language_model import LanguageModel, build_model
 from sra_ds.processes import mean_over_ranks
+from sra_ds.seeds import generator
 from sra_ds.storage import checkpoint
 from sra_ds.storage.fragments import Fragment
 from sra_ds.training.controllers import build_engine_controllers

@@ -14,7 +14,7 @@ from torch import Tensor
 from sra_ds.errors import BackendUnavailable, ConfigError
 from sra_ds.evaluation.coherence.scoring import TOP_P, prompt_batches
 from sra_ds.inference.generate import left_padded
-from sra_ds.model.init import generator
+from sra_ds.seeds import generator
 
 UNSTATED_WINDOW = 1024
 

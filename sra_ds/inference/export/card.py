@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 from sra_ds.config import Recipe
 from sra_ds.config.base import Part
-from sra_ds.data.tokenizer import file_sha256
 from sra_ds.errors import CheckpointError, ConfigError
+from sra_ds.files import file_sha256
 from sra_ds.inference.export.rows import State, has_bias
 from sra_ds.inference.places import Place, routed
 from sra_ds.storage.run_dir import write_atomically

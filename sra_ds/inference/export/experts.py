@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sra_ds.config import Recipe
-from sra_ds.data.tokenizer import file_sha256
+from sra_ds.files import file_sha256
 from sra_ds.inference.export.card import Card, Load, shape_of, stem_of, write_card, write_tensors
 from sra_ds.inference.export.loads import Loads, known_loads
 from sra_ds.inference.export.rows import ANCHORS, State, read_rows

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sra_ds.config.model import PrimeMaskedChannelConfig
+from sra_ds.layers import Linear, ResidualLinear
 from sra_ds.model.channels.dense import DenseChannel
-from sra_ds.moe.linear import Linear, ResidualLinear
 from sra_ds.ops.linear import linear
 from sra_ds.ops.prime_blocks import BlockPlan, prime_block_product
 from sra_ds.ops.prime_mask import prime_mask, random_mask

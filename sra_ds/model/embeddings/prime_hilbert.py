@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sra_ds.config.model import PrimeHilbertEmbeddingConfig
+from sra_ds.layers import Linear
 from sra_ds.model.embeddings.rank import MEASURED_TOKENS, effective_rank
 from sra_ds.model.facts import Facts
-from sra_ds.moe.linear import Linear
 from sra_ds.ops.linear import linear
 from sra_ds.ops.precision import widest
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from sra_ds.config.model import PreManifestHeadConfig
+from sra_ds.layers import ZeroLinear
 from sra_ds.model.facts import Facts
 from sra_ds.model.heads.tied import HeadOutput, TiedTable, score
-from sra_ds.moe.linear import ZeroLinear
 from sra_ds.ops.candidates import candidates, mean_candidate
 from sra_ds.ops.linear_cross_entropy import linear_cross_entropy
 

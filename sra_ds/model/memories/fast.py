@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sra_ds.config.model import FastWeightsConfig, PersistentMemoryConfig
+from sra_ds.layers import Linear, ZeroLinear
 from sra_ds.model.context import Context
 from sra_ds.model.facts import Facts
-from sra_ds.moe.linear import Linear, ZeroLinear
 from sra_ds.ops.delta_rule import delta_rule
 from sra_ds.ops.delta_rule_fla import delta_rule_fla
 from sra_ds.ops.precision import at_least_float32

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sra_ds.config.model import CosineRouterConfig, StaticMemoryConfig
+from sra_ds.layers import Linear, ZeroLinear
 from sra_ds.model.context import Context
 from sra_ds.model.facts import Facts, sum_over_valid
-from sra_ds.moe.linear import Linear, ZeroLinear
 from sra_ds.moe.routers import CosineRouter
 from sra_ds.moe.routing import Routing
 from sra_ds.ops.precision import at_least_float32

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sra_ds.config.model import AttentionConfig, HeadsConfig
+from sra_ds.layers import Linear, ResidualLinear
 from sra_ds.model.context import Context
 from sra_ds.model.facts import Facts
-from sra_ds.moe.linear import Linear, ResidualLinear
 from sra_ds.ops.precision import widest
 
 Angles = tuple[Tensor, Tensor]

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from sra_ds.config.model import ConvolutionConfig
+from sra_ds.layers import Linear, ResidualLinear
 from sra_ds.model.context import Context
 from sra_ds.model.facts import Facts
 from sra_ds.model.mixers.past import Cache, filterable, with_past
-from sra_ds.moe.linear import Linear, ResidualLinear
 from sra_ds.ops.causal_filter import causal_filter
 from sra_ds.ops.precision import at_least_float32
 

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from sra_ds.config.model import WaveAttentionConfig
+from sra_ds.layers import Linear
 from sra_ds.model.context import Context
 from sra_ds.model.facts import Facts
 from sra_ds.model.mixers.attention import HeadsMixer, attend, rotate
 from sra_ds.model.mixers.bands import filter_penalty, measure, split_bands
 from sra_ds.model.mixers.filters import LowPass
 from sra_ds.model.mixers.past import Cache, filterable, with_past
-from sra_ds.moe.linear import Linear
 from sra_ds.ops.precision import at_least_float32
 
 

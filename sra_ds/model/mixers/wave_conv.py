@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from sra_ds.config.model import WaveConvConfig
+from sra_ds.layers import Linear, ResidualLinear
 from sra_ds.model.context import Context
 from sra_ds.model.facts import Facts
 from sra_ds.model.mixers.bands import decompose, filter_penalty, measure
 from sra_ds.model.mixers.filters import LowPass
 from sra_ds.model.mixers.past import Cache, filterable
-from sra_ds.moe.linear import Linear, ResidualLinear
 
 
 class BandGates(Linear):

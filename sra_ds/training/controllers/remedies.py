@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 
 from sra_ds.config import Recipe
 from sra_ds.metrics import is_dead
-from sra_ds.model.init import generator
+from sra_ds.seeds import generator
 from sra_ds.training.anchors import router_inputs
 from sra_ds.training.controllers.protocol import BatchOf, Event, Seen
 from sra_ds.training.engine import read_parameter, write_parameter

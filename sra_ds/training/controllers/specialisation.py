@@ -20,9 +20,9 @@ from sra_ds.config import Recipe
 from sra_ds.data.loader import Batch
 from sra_ds.errors import ConfigError
 from sra_ds.metrics import specialisation
-from sra_ds.model.init import generator
 from sra_ds.moe.experts import even_counts
 from sra_ds.moe.layer import MoELayer
+from sra_ds.seeds import generator
 from sra_ds.training.anchors import router_inputs
 from sra_ds.training.controllers.protocol import BatchOf, Event, Seen
 from sra_ds.training.engine import gathered

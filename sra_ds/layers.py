@@ -1,5 +1,5 @@
 """Linear layers of the whole model: torch's, by the faster product of this CPU, and two that start
-otherwise. They are here because experts need them, too, and `moe` does not import `model`.
+otherwise.
 """
 
 from torch import Tensor, nn
