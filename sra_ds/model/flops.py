@@ -11,14 +11,22 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from sra_ds.config.model import MoEChannelConfig
+from sra_ds.model.channels.dense import DenseChannel
+from sra_ds.model.channels.moe import MoEChannel
+from sra_ds.model.channels.prime_masked import PrimeMaskedChannel
 from sra_ds.model.counting import count_parameters
+from sra_ds.model.embeddings.factorised import FactorisedEmbedding
+from sra_ds.model.embeddings.prime_hilbert import PrimeHilbertEmbedding
 from sra_ds.model.embeddings.spectral import Waves
+from sra_ds.model.embeddings.token import TokenEmbedding
 from sra_ds.model.expert_blocks import StackedBlocks
 from sra_ds.model.heads.pre_manifest import PreManifestHead
+from sra_ds.model.heads.tied import TiedHead
 from sra_ds.model.language_model import LanguageModel
 from sra_ds.model.memories.fast import FastMemory
 from sra_ds.model.memories.static import StaticMemory
 from sra_ds.model.mixers.attention import Attention
+from sra_ds.model.mixers.convolution import Convolution
 from sra_ds.model.mixers.resonance import Resonance
 from sra_ds.model.mixers.wave_attention import WaveAttention, stride
 from sra_ds.model.mixers.wave_conv import WaveConv
@@ -107,7 +115,20 @@ def _pre_manifest(module: PreManifestHead, sizes: Sizes) -> float:
     return 2 * module.config.steps * sizes.vocab_size * module.table_width
 
 
+PARAMETERS_ALONE: tuple[type[nn.Module], ...] = (
+    TokenEmbedding, PrimeHilbertEmbedding, FactorisedEmbedding,
+    Convolution, DenseChannel, MoEChannel, PrimeMaskedChannel, TiedHead,
+)  # fmt: skip
+
+
+def _none(module: nn.Module, sizes: Sizes) -> float:
+    """Its active parameters are all there is."""
+    del module, sizes
+    return 0.0
+
+
 OWN_WORK: dict[type[nn.Module], Callable[[Any, Sizes], float]] = {
+    **dict.fromkeys(PARAMETERS_ALONE, _none),
     Attention: _attention,
     Resonance: _resonance,
     WaveAttention: _wave_attention,

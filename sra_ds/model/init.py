@@ -36,7 +36,7 @@ from sra_ds.model.mixers.resonance import Resonance
 from sra_ds.model.mixers.wave_conv import BandGates
 from sra_ds.moe.coupling import UNIT_WEIGHT, GraphRound, HypergraphRound
 from sra_ds.moe.experts import GroupedExperts
-from sra_ds.moe.routers import CosineRouter, LinearRouter, RandomRouter
+from sra_ds.moe.routers import CosineRouter, LinearRouter, RandomRouter, ScoringRouter
 from sra_ds.seeds import generator
 
 STD = 0.02
@@ -50,7 +50,6 @@ def initialise(model: nn.Module, seed: int) -> None:
         for kind, fill in INITIALISERS.items():
             if isinstance(module, kind):
                 fill(module, residual_std, seed, name)
-        initialise_router(module, seed, name)
 
 
 def _normal(weight: Tensor, std: float, seed: int, *path: object) -> None:
@@ -238,32 +237,9 @@ def _hypergraph_round(module: HypergraphRound, residual_std: float, seed: int, n
         module.incidence_EM.copy_(module.make_incidence())
 
 
-INITIALISERS: dict[type[nn.Module], Callable[[Any, float, int, str], None]] = {
-    nn.LayerNorm: _norm,
-    Linear: _linear,
-    SparseLinear: _sparse,
-    TokenEmbedding: _token_embedding,
-    PrimeHilbertEmbedding: _prime_hilbert,
-    FactorisedEmbedding: _factorised_embedding,
-    Waves: _waves,
-    Resonance: _resonance,
-    LowPass: _low_pass,
-    BandGates: _band_gates,
-    Convolution: _convolution,
-    StaticMemory: _static_memory,
-    FastMemory: _fast_memory,
-    PreManifestHead: _pre_manifest,
-    GroupedExperts: _experts,
-    StackedBlocks: _blocks,
-    GraphRound: _graph_round,
-    HypergraphRound: _hypergraph_round,
-}
-"""Called with (module, standard deviation of what writes into the residual stream, seed, name)."""
-
-
 @torch.no_grad()
 def initialise_router(module: nn.Module, seed: int, name: str) -> None:
-    """Give a router its initial values; one without parameters has none."""
+    """Give a router its initial values; one without scores has none."""
     if not isinstance(module, (CosineRouter, RandomRouter, LinearRouter)):
         return
     module.selection_bias_E.zero_()
@@ -289,3 +265,32 @@ def initialise_router(module: nn.Module, seed: int, name: str) -> None:
         module.anchors.copy_(anchors)
     else:  # `data` starts here, too, and is seeded by the trainer
         _orthogonal(module.anchors, 1.0, seed, name)
+
+
+def _router(module: nn.Module, residual_std: float, seed: int, name: str) -> None:
+    del residual_std
+    initialise_router(module, seed, name)
+
+
+INITIALISERS: dict[type[nn.Module], Callable[[Any, float, int, str], None]] = {
+    nn.LayerNorm: _norm,
+    Linear: _linear,
+    SparseLinear: _sparse,
+    TokenEmbedding: _token_embedding,
+    PrimeHilbertEmbedding: _prime_hilbert,
+    FactorisedEmbedding: _factorised_embedding,
+    Waves: _waves,
+    Resonance: _resonance,
+    LowPass: _low_pass,
+    BandGates: _band_gates,
+    Convolution: _convolution,
+    StaticMemory: _static_memory,
+    FastMemory: _fast_memory,
+    PreManifestHead: _pre_manifest,
+    GroupedExperts: _experts,
+    StackedBlocks: _blocks,
+    ScoringRouter: _router,
+    GraphRound: _graph_round,
+    HypergraphRound: _hypergraph_round,
+}
+"""Called with (module, standard deviation of what writes into the residual stream, seed, name)."""

@@ -4,11 +4,17 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from sra_ds.config import Recipe
+from sra_ds.model.channels import CHANNELS
 from sra_ds.model.counting import count_parameters
-from sra_ds.model.flops import flops_per_token
+from sra_ds.model.embeddings import EMBEDDINGS
+from sra_ds.model.flops import OWN_WORK, flops_per_token
+from sra_ds.model.heads import HEADS
 from sra_ds.model.language_model import build_model
+from sra_ds.model.memories import MEMORIES
+from sra_ds.model.mixers import MIXERS
 
 Builder = Callable[..., Recipe]
 VOCABULARY, WIDTH, LAYERS, EXPERTS, TOP_K, HIDDEN = 257, 32, 2, 4, 2, 16
@@ -76,7 +82,7 @@ MEMORY = {
 }
 ATTENTION = 4 * WIDTH * WIDTH + 4 * WIDTH
 OUT = WIDTH * WIDTH + WIDTH
-MIXERS = {
+OF_A_MIXER = {
     "resonance": ATTENTION + RETRIEVAL,
     "resonance-moe": ATTENTION + RETRIEVAL,
     "resonance-blocks": ATTENTION + RETRIEVAL,
@@ -93,7 +99,7 @@ def test_t12_counts_equal_the_closed_form(tiny_recipe: Builder, family: str) -> 
     counts = count_parameters(build_model(tiny_recipe(family), "meta"))
     by_part = {
         "embedding_head": EMBEDDING_HEAD.get(family, VOCABULARY * WIDTH),
-        "attention": LAYERS * MIXERS.get(family, ATTENTION),
+        "attention": LAYERS * OF_A_MIXER.get(family, ATTENTION),
         "experts": LAYERS * total_experts,
         "memory": LAYERS * MEMORY.get(family, 0),
         "router": LAYERS * router,
@@ -182,6 +188,15 @@ def test_t12_flops_are_six_per_active_weight_and_half_the_attention_square(
         top_k, weights = maps[family]
         expected += LAYERS * 6 * (top_k - 1) * weights
     assert flops_per_token(model, length) == expected
+
+
+@pytest.mark.parametrize(
+    "part", [p for table in (EMBEDDINGS, MIXERS, CHANNELS, MEMORIES, HEADS) for p in table.values()],
+    ids=lambda part: part.__name__,
+)  # fmt: skip
+def test_of_every_part_it_is_said_what_it_costs(part: type[torch.nn.Module]) -> None:
+    """Besides its parameters, be it nothing: a part that is forgotten would be counted too low."""
+    assert issubclass(part, tuple(OWN_WORK))
 
 
 def test_building_on_meta_allocates_nothing(tiny_recipe: Builder) -> None:
