@@ -46,7 +46,7 @@ def load_summary(load_E: Tensor, tokens: float) -> dict[str, float]:
 def stacked_loads(loads: Sequence[Tensor]) -> Tensor:
     """The loads of all layers, L x S, in float64 on the CPU; layers with fewer experts to choose from
     (less ghosts awake) end in zeros."""
-    return pad_sequence([load_E.detach().cpu().double() for load_E in loads], batch_first=True)
+    return pad_sequence([load_E.detach() for load_E in loads], batch_first=True).cpu().double()
 
 
 def layers_summary(

@@ -180,7 +180,7 @@ def plain_gradient_norm(engine: Any) -> float | None:
     if engine.zero_optimization():
         return None
     given = [p for p in engine.module.parameters() if p.grad is not None]
-    experts, shared = split_params_into_shared_and_expert_params(given)[::-1]
+    shared, experts = split_params_into_shared_and_expert_params(given)
     norms = [torch.nn.utils.get_total_norm([p.grad for p in part]) for part in (shared, experts)]
     squares = torch.stack([widened(norm).square() for norm in norms])
     for layer in engine.module.routed_layers()[:1]:

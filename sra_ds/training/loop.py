@@ -61,7 +61,7 @@ class StepFacts(NamedTuple):
     seen: Seen
     haltings: list[Halting]
     """Of this rank's last micro-batch, as are the facts."""
-    facts: dict[str, float]
+    facts: dict[str, Tensor]
 
 
 class Outcome(NamedTuple):
@@ -183,7 +183,6 @@ class Trainer:
             "grad_norm": facts.grad_norm,
             "tokens_per_second": speed,
             "mfu": speed * self._flops(current_top_k(self.engine.module)) / self._peak,
-            "facts": facts.facts,
         }
         shown = {
             "loss": f"{facts.cross_entropy:.3f}",
@@ -194,6 +193,7 @@ class Trainer:
             self._tell_event(log, event)
         last = self.step == self.recipe.training.steps
         if self.step % self.recipe.logging.every == 0 or last:
+            line["facts"] = {name: float(value) for name, value in facts.facts.items()}
             experts = self.health.facts(facts.seen.routings)
             if facts.seen.saturations:
                 line["saturation"] = [float(own) for own in facts.seen.saturations]
@@ -245,7 +245,6 @@ class Trainer:
         assert output is not None
         norm = float(self.engine.get_global_grad_norm() or 0.0) if norm is None else norm
         self._require_finite(norm, "gradient norm")
-        facts = {name: float(value) for name, value in output.facts.items()}
         terms_only = {k: v for k, v in means.items() if k not in ("loss", "cross_entropy")}
         seen = seen._replace(
             memory_states_HCC=[mean_over_ranks(s) for s in seen.memory_states_HCC],
@@ -258,7 +257,7 @@ class Trainer:
             norm,
             seen,
             output.haltings,
-            facts,
+            output.facts,
         )
 
     def _batch(self, micro: int) -> Batch:
