@@ -4,6 +4,7 @@ Until they are, and where there is one, each function answers for this process a
 placed it, which is known before, is in `sra_ds.training.environment`.
 """
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
@@ -45,6 +46,26 @@ def from_all(said: Said) -> list[Said]:
     whole: list[Any] = [None] * world_size()
     dist.all_gather_object(whole, said)
     return whole
+
+
+def together(
+    act: Callable[[], Said], problem: type[Exception], only_first: bool = False
+) -> Said | None:
+    """What `act` gives on this process, or on rank 0 alone. If it fails on one, every process raises: its
+    own exception, or a `problem` that names the other. Collective."""
+    result, failure = None, None
+    try:
+        if not only_first or rank() == 0:
+            result = act()
+    except Exception as error:
+        failure = error
+    failures = from_all(None if failure is None else str(failure))
+    if failure is not None:
+        raise failure
+    for number, text in enumerate(failures):
+        if text is not None:
+            raise problem(f"process {number}: {text}")
+    return result
 
 
 def any_of(flag: bool) -> bool:

@@ -44,8 +44,10 @@ def corpus_folder(config: CorpusConfig) -> Path:
     return _folder(config, open_source(config, progress=False).identity())
 
 
-def prepare(config: CorpusConfig, progress: bool = True) -> TokenCorpus:
-    """Open the prepared corpus, making it first if needed.
+def prepare(
+    config: CorpusConfig, progress: bool = True, share: tuple[int, int] = (0, 1)
+) -> TokenCorpus:
+    """Open the prepared corpus, making it first if needed; `share` as of `TokenCorpus`.
 
     Raises `DataError` naming the file for damaged shards or unreadable input.
     """
@@ -53,12 +55,12 @@ def prepare(config: CorpusConfig, progress: bool = True) -> TokenCorpus:
     identity = source.identity()
     folder = _folder(config, identity)
     if folder.is_dir():  # also where it cannot be written to
-        return TokenCorpus(folder)
+        return TokenCorpus(folder, share)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _exclusive(folder.with_name(folder.name + ".lock")):
         if not folder.exists():
             _build(config, source, identity, folder, progress)
-    return TokenCorpus(folder)
+    return TokenCorpus(folder, share)
 
 
 def _folder(config: CorpusConfig, identity: dict[str, object]) -> Path:

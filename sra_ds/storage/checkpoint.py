@@ -20,11 +20,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
-
 from sra_ds.errors import CheckpointError
 from sra_ds.files import file_sha256
-from sra_ds.processes import from_all, rank, world_size
+from sra_ds.processes import from_all, rank, together, world_size
 from sra_ds.storage.fragments import Fragment, TensorFiles, write_fragments
 from sra_ds.storage.run_dir import read_json_object, write_atomically
 
@@ -72,10 +70,17 @@ def save_checkpoint(folder: Path, contents: Contents, layout: Layout) -> None:
     """
     partial = folder.with_name(folder.name + ".partial")
     try:
-        _together(lambda: _new_folder(partial), only_first=True)
-        parts = _together(lambda: _write_tensors(partial, contents, rank(), world_size()))
-        _together(lambda: _complete(partial, folder, contents, layout, parts), only_first=True)
-    except (OSError, RuntimeError, SafetensorError, CheckpointError):
+        together(lambda: _new_folder(partial), CheckpointError, only_first=True)
+        own = together(
+            lambda: _write_tensors(partial, contents, rank(), world_size()), CheckpointError
+        )
+        parts = from_all(own or {})
+        together(
+            lambda: _complete(partial, folder, contents, layout, parts),
+            CheckpointError,
+            only_first=True,
+        )
+    except Exception:
         if rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)  # give its space back
         raise
@@ -218,7 +223,7 @@ def verify_together(folder: Path) -> None:
         files = sorted(read_manifest(folder)["files"])
         verify(folder, set(files[rank() :: world_size()]).__contains__)
 
-    _together(own_share)
+    together(own_share, CheckpointError)
 
 
 def candidates(checkpoints: Path) -> list[Path]:
@@ -306,21 +311,3 @@ def _entry(path: Path) -> dict[str, Any]:
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
     return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-
-
-def _together(act: Callable[[], Any], only_first: bool = False) -> list[Any]:
-    """What `act` gave on each process, or on rank 0 alone; if it failed on one, every process raises.
-    Collective."""
-    result, failure = None, None
-    try:
-        if not only_first or rank() == 0:
-            result = act()
-    except (OSError, RuntimeError, SafetensorError, CheckpointError) as error:
-        failure = error
-    outcomes = from_all((result, None if failure is None else str(failure)))
-    if failure is not None:
-        raise failure
-    for number, (_, text) in enumerate(outcomes):
-        if text is not None:
-            raise CheckpointError(f"process {number}: {text}")
-    return [found for found, _ in outcomes]

@@ -52,9 +52,7 @@ def prepare_process(device: str = "auto") -> None:
     if programs not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join([programs, os.environ.get("PATH", "")])
     if "OMP_NUM_THREADS" not in os.environ:
-        # torchrun and the DeepSpeed launcher name it differently
-        neighbours = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(neighbours)))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place_on_machine()[1]))
     # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 is about to drop
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
     keep_freed_memory()
@@ -168,6 +166,14 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def place_on_machine() -> tuple[int, int]:
+    """This process's number among those on its machine, and how many they are; a launcher that does not
+    say has put one on each."""
+    # torchrun and the DeepSpeed launcher name it differently
+    many = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    return int(os.environ.get("LOCAL_RANK", "0")) % many, many
 
 
 def rank() -> int:

@@ -19,13 +19,13 @@ from sra_ds.config.model import CosineRouterConfig, MoEChannelConfig
 from sra_ds.data.loader import Batch, TrainingWindows
 from sra_ds.data.prepare import prepare
 from sra_ds.data.shards import TokenCorpus
-from sra_ds.errors import TrainingError
+from sra_ds.errors import DataError, TrainingError
 from sra_ds.evaluation.legacy import hard_wrapped, legacy_sra
 from sra_ds.evaluation.perplexity import Setting, capped_nll, evaluate
 from sra_ds.files import file_sha256
 from sra_ds.inference.load import load_weights_into
 from sra_ds.model.language_model import LanguageModel, build_model
-from sra_ds.processes import from_first
+from sra_ds.processes import from_first, together
 from sra_ds.storage import checkpoint
 from sra_ds.storage.run_dir import (
     RunDir,
@@ -91,7 +91,9 @@ def _train(
     ):
         _say(f"{run.path} is finished; raise training.steps to go on")
         return read_json(run.summary_file) if first else None
-    corpus = prepare(recipe.data)
+    share = environment.place_on_machine()
+    corpus = together(lambda: prepare(recipe.data, share=share), DataError)
+    assert corpus is not None
     if resumed is not None:
         corpus.require_fingerprint(run.environment()["corpus_fingerprint"], str(run.path))
     windows = TrainingWindows(

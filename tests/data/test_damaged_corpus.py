@@ -39,6 +39,21 @@ def test_flipped_byte_is_found(corpus, name):
     assert error_of(corpus.folder).startswith(f"{path} is damaged")
 
 
+@pytest.mark.parametrize("name", [*FILES, "tokenizer.json"])
+def test_of_several_that_share_the_files_one_finds_it(corpus, name):
+    path = corpus.folder / name
+    content = bytearray(path.read_bytes())
+    content[0] ^= 1
+    path.write_bytes(content)
+    found = []
+    for which in range(3):
+        try:
+            TokenCorpus(corpus.folder, (which, 3))
+        except DataError as error:
+            found.append(str(error))
+    assert len(found) == 1 and found[0].startswith(f"{path} is damaged")
+
+
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("change", [-2, 2])
 def test_wrong_size_is_found(corpus, name, change):
