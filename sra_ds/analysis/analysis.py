@@ -39,6 +39,7 @@ from sra_ds.evaluation.experts import health
 from sra_ds.evaluation.sweeps import drop_curve, k_sweep
 from sra_ds.evaluation.text import open_text
 from sra_ds.inference.load import LoadedRun
+from sra_ds.moe.routers import ScoringRouter
 from sra_ds.storage.checkpoint import MANIFEST, numbered, read_manifest
 
 SCHEMA_VERSION = 1
@@ -122,14 +123,12 @@ def analyse(loaded: LoadedRun, request: Request, device: torch.device) -> Analys
     with open_text(loaded, request.split, request.files, request.tokens) as text:
         trace = trace_run(loaded, text.split, text.identity, how)
         settled = saturation(loaded.model, _checkpoints(loaded, trace), text.split, how)
-        sweeps = {}
+        sweeps: dict[str, Any] = {}
         if request.sweep_tokens:
-            sweeps = {
-                "k": k_sweep(loaded, text.split, request.sweep_tokens, device),
-                "dropped": drop_curve(
-                    loaded, text.split, trace.load_LE, request.sweep_tokens, device
-                ),
-            }
+            cap = request.sweep_tokens
+            sweeps["k"] = k_sweep(loaded, text.split, cap, device)
+            if isinstance(loaded.model.routers()[0], ScoringRouter):  # a hash cannot go elsewhere
+                sweeps["dropped"] = drop_curve(loaded, text.split, trace.load_LE, cap, device)
         label = text.label
     facts = {
         "schema_version": SCHEMA_VERSION,

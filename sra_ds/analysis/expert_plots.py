@@ -255,7 +255,8 @@ def _sweeps(analyses: list[Analysis]) -> Figure | None:
         rows, name = analysis.facts["sweeps"]["k"], analysis.facts["label"]
         by_k.plot([r["k"] for r in rows], [r["token_perplexity"] for r in rows], "o-", label=name)
         for first, line in (("least", "-"), ("most", ":")):
-            rows = [r for r in analysis.facts["sweeps"]["dropped"] if r["first"] == first]
+            dropped = analysis.facts["sweeps"].get("dropped", ())
+            rows = [r for r in dropped if r["first"] == first]
             by_drop.plot(
                 [r["share"] for r in rows],
                 [r["token_perplexity"] for r in rows],

@@ -13,7 +13,12 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from sra_ds.analysis.statistics import block_of_documents, bootstrap_interval, resampling_weights
+from sra_ds.analysis.statistics import (
+    MANY_RESAMPLES,
+    block_of_documents,
+    bootstrap_interval,
+    resampling_weights,
+)
 from sra_ds.analysis.syntax import CLASSES, tag_words, tagger_name
 from sra_ds.analysis.words import of_units, read_words
 from sra_ds.data.loader import IGNORED, scoring_batches, scoring_windows
@@ -97,13 +102,14 @@ def _mean(
     value_N: NDArray[np.float64], block_N: NDArray[np.int64], chosen_N: NDArray[np.bool_]
 ) -> dict[str, Any]:
     """Mean over some tokens, with its interval over blocks of documents."""
-    blocks = int(block_N.max(initial=0)) + 1
+    there, block_N = np.unique(block_N, return_inverse=True)
+    blocks = len(there)
     sum_B = np.bincount(block_N[chosen_N], value_N[chosen_N], blocks)
     count_B = np.bincount(block_N[chosen_N], minlength=blocks)
     if not count_B.sum():
         return {"tokens": 0}
     mean = float(sum_B.sum() / count_B.sum())
-    weights_RB = resampling_weights(blocks)
+    weights_RB = resampling_weights(blocks, MANY_RESAMPLES)
     with np.errstate(invalid="ignore"):
         resampled_R = (weights_RB @ sum_B) / (weights_RB @ count_B)
     low, high = bootstrap_interval(mean, resampled_R)

@@ -3,6 +3,7 @@
 Every measure is a `Measured`: value, chance, null of permuted decisions, the untrained twin, interval.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -97,12 +98,20 @@ def measure_layer(trace: Trace, layer: int, labels: Labels) -> dict[str, Measure
         found |= measure(named, class_N[tagged], len(CLASSES), routes.where(tagged))
     if np.ptp(labels.domain_N) > 0:
         named = {"domain_information": normalised_mutual_information}
-        found |= measure(named, labels.domain_N, len(trace.domains), routes)
+        dealt = partial(dealt_domains, trace)
+        found |= measure(named, labels.domain_N, len(trace.domains), routes, dealt)
     found |= subtoken_coherence(neighbours_within_words(labels.word_unit_N), routes)
     if trace.top_k > 1:
         found["co_activation"] = co_activation(routes)
     zero_chance = ("token_information", "syntax_information", "domain_information")
     return {n: m._replace(chance=0.0) if n in zero_chance else m for n, m in found.items()}
+
+
+def dealt_domains(trace: Trace, rng: np.random.Generator) -> Ints:
+    """The domain of every token, had the documents' domains been dealt to them at random: that documents
+    differ from each other is no difference between domains."""
+    lengths = np.diff(np.append(trace.documents["start"], trace.tokens))
+    return np.repeat(rng.permutation(trace.documents["domain"].astype(np.int64)), lengths)
 
 
 def adjust_over_layers(layers: list[dict[str, Measured]]) -> list[dict[str, Measured]]:

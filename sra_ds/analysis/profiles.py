@@ -124,15 +124,15 @@ def measure_coherence(
 
 
 def share_above_null(coherences: list[Measured], twins: list[Measured]) -> Measured:
-    """Share of the experts whose coherence exceeds the 95 % null of their own word frequencies. Chance
-    is 5 %; p and interval are those of a binomial test."""
+    """Share of the experts whose coherence exceeds the 95 % null of their own word frequencies, with the
+    interval of a binomial share. Chance is 5 % for routes that know nothing of the text; words of one
+    passage belong together, so that one which deals out passages blindly has more. There is no p."""
     tested = [one for one in coherences if np.isfinite(one.p)]
     other = [one for one in twins if np.isfinite(one.p)]
     if not tested:
         return Measured(float("nan"))
     above = sum(one.value > one.null_95 for one in tested)
     twins_above = [one.value > one.null_95 for one in other]
-    result = binomtest(above, len(tested), 0.05, alternative="greater")
     interval = binomtest(above, len(tested), 0.05).proportion_ci(method="wilson")
     return Measured(
         value=above / len(tested),
@@ -142,7 +142,6 @@ def share_above_null(coherences: list[Measured], twins: list[Measured]) -> Measu
         untrained=float(np.mean(twins_above)) if twins_above else float("nan"),
         low=float(interval.low),
         high=float(interval.high),
-        p=float(result.pvalue),
     )
 
 

@@ -18,7 +18,8 @@ from sra_ds.intervals import without_nan
 
 BLOCKS = 20
 """Parts of the traced text, by documents, that a bootstrap draws from."""
-RESAMPLES = 100
+RESAMPLES, MANY_RESAMPLES = 100, 1000
+"""Of measures that are counted again in each resample, and of those that are one product of matrices."""
 PERMUTATIONS = 99
 
 Floats = NDArray[np.float64]
@@ -69,7 +70,7 @@ def measured_change(change_U: Floats, null_R: Floats) -> Measured:
     """The mean of paired changes of U units (windows, prompts), with the interval over them; p is
     two-sided, against mean changes that had another cause."""
     value = float(change_U.mean())
-    resampled_R = resampling_weights(len(change_U)) @ change_U / len(change_U)
+    resampled_R = resampling_weights(len(change_U), MANY_RESAMPLES) @ change_U / len(change_U)
     low, high = bootstrap_interval(value, resampled_R)
     found = Measured(value, chance=0.0, low=low, high=high)
     if not null_R.size:

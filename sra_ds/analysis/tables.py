@@ -51,6 +51,8 @@ class Table(NamedTuple):
 
 
 Statistic = Callable[[Table], float]
+Shuffle = Callable[[np.random.Generator], NDArray[np.integer]]
+"""The labels of all tokens as they might as well have been."""
 
 
 class Routes(NamedTuple):
@@ -163,17 +165,22 @@ def top_labels(table: Table, least: int, top: int) -> list[list[int]]:
 
 
 def measure(
-    statistics: Mapping[str, Statistic], labels_N: NDArray[np.integer], labels: int, routes: Routes
+    statistics: Mapping[str, Statistic],
+    labels_N: NDArray[np.integer],
+    labels: int,
+    routes: Routes,
+    shuffled: Shuffle | None = None,
 ) -> dict[str, Measured]:
-    """Statistics of labels against experts, beside those of permuted decisions and of the untrained
-    twin, with intervals over blocks of documents."""
+    """Statistics of labels against experts, beside those of labels that are `shuffled` (none given: among
+    the tokens) and of the untrained twin, with intervals over blocks of documents."""
     shape = (labels, routes.experts)
     table = make_table(labels_N, routes.experts_NK, shape)
     untrained = make_table(labels_N, routes.untrained_NK, shape)
     rng = np.random.default_rng(SEED)
     nulls: dict[str, list[float]] = {name: [] for name in statistics}
     for _ in range(PERMUTATIONS):
-        permuted = make_table(rng.permutation(labels_N), routes.experts_NK, shape)
+        again_N = rng.permutation(labels_N) if shuffled is None else shuffled(rng)
+        permuted = make_table(again_N, routes.experts_NK, shape)
         for name, statistic in statistics.items():
             nulls[name].append(statistic(permuted))
     resampled: dict[str, list[float]] = {name: [] for name in statistics}

@@ -122,10 +122,11 @@ def test_a_comparison_tells_what_was_found_in_the_checkpoint_it_is_of(
 
 def test_a_router_without_anchors_and_one_choice_is_analysed(call: Call, make_run: MakeRun) -> None:
     run = make_run("moe-hash", {"model": {"channel": {"top_k": 1}}})
-    result = call("analyze", "--run", run.path, *QUICK, "--json").tree
+    result = call("analyze", "--run", run.path, "--tokens", 2000, "--json").tree
     names = {Path(path).stem for path in result["figures"]}
     assert "anchor_map" not in names and "co_activation" not in names and "load" in names
     whole = strict_json((run.path / "analysis.json").read_text())
+    assert set(whole["sweeps"]) == {"k"}, "tokens of a hash cannot go to other experts"
     assert not any(expert["nearest_tokens"] for expert in whole["experts"])
     for layer in whole["layers"]:
         assert layer["measures"]["vocabulary_specialisation"]["value"] == 1.0

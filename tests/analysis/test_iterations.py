@@ -7,7 +7,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from sra_ds.analysis.iterations import Counted, count_iterations, iterations_by_type
+from sra_ds.analysis.iterations import Counted, _mean, count_iterations, iterations_by_type
 from sra_ds.data.loader import document_ids
 from sra_ds.data.tokenizer import end_of_text_id
 from sra_ds.errors import DataError
@@ -72,3 +72,11 @@ def test_a_model_that_does_not_iterate_is_refused(make_run: Callable) -> None:
     loaded = load_run(make_run("dense").path)
     with open_text(loaded) as text, pytest.raises(DataError, match="does not iterate"):
         count_iterations(loaded, text.split, 100, 3, CPU)
+
+
+def test_a_single_document_has_no_interval_and_several_have_one() -> None:
+    values_N, all_N = np.arange(40, dtype=np.float64), np.ones(40, bool)
+    alone = _mean(values_N, np.full(40, 10), all_N)
+    assert alone["iterations"] == 19.5 and np.isnan(alone["low"])
+    several = _mean(values_N, np.repeat([3, 9, 10, 17], 10), all_N)
+    assert several["low"] < 19.5 < several["high"]

@@ -171,7 +171,7 @@ def test_the_layer_is_measured_as_it_was_built(planted: Analysis) -> None:
     for name in ("token_information", "token_divergence", "syntax_information"):
         assert measures[name].p == 0.01, name
     assert "domain_information" not in measures  # the corpus has two, this text one
-    assert measures["coherent_share"].value >= 5 / 8 and measures["coherent_share"].p < 0.001
+    assert measures["coherent_share"].value >= 5 / 8 and measures["coherent_share"].low > 0.05
 
 
 def test_an_untrained_router_has_no_specialists(

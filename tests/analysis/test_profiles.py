@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from scipy.stats import binom
+from scipy.stats import binomtest
 
 from sra_ds.analysis.profiles import coherence_over_untrained, share_above_null
 from sra_ds.analysis.statistics import Measured
@@ -14,10 +14,11 @@ def coherences(values: list[float], null_mean: float = 0.0) -> list[Measured]:
     return [Measured(value, null_mean=null_mean, null_95=null_mean, p=0.5) for value in values]
 
 
-def test_the_share_above_the_null_is_a_binomial_count() -> None:
+def test_the_share_above_the_null_has_the_interval_of_a_binomial_count_and_no_p() -> None:
     found = share_above_null(coherences([1.0] * 3 + [-1.0] * 17), coherences([-1.0, 1.0]))
     assert (found.value, found.untrained, found.chance) == (0.15, 0.5, 0.05)
-    assert found.p == pytest.approx(binom.sf(2, 20, 0.05))
+    interval = binomtest(3, 20).proportion_ci(method="wilson")
+    assert (found.low, found.high) == (interval.low, interval.high) and np.isnan(found.p)
     assert np.isnan(share_above_null([Measured(NAN)], []).value)
 
 

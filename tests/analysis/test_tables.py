@@ -1,10 +1,13 @@
 """What is read off a table of labels against experts: closed forms, chance, null and intervals."""
 
 import math
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from sra_ds.analysis.layers import dealt_domains
 from sra_ds.analysis.tables import (
     Routes,
     Table,
@@ -175,3 +178,27 @@ def test_a_text_in_one_block_has_no_interval() -> None:
     labels_N = np.arange(63) % 9
     found = measure(MEASURES, labels_N, 9, routes_of(labels_N[:, None] % 5, 5, blocks=1))
     assert all(math.isnan(one.low) and math.isfinite(one.value) for one in found.values())
+
+
+def test_documents_that_differ_are_no_domains_that_differ() -> None:
+    """Each document has habits of its own and a domain by lot: with domains dealt anew to documents p is
+    small as often as it should be, with domains of tokens permuted nearly always."""
+    lengths, small = np.full(40, 50), {"documents": 0, "tokens": 0}
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        habit_D = rng.integers(0, 4, 40)
+        experts_NK = (np.repeat(habit_D, lengths)[:, None] + (rng.random((2000, 1)) < 0.3)) % 4
+        documents = np.zeros(40, [("start", "i8"), ("domain", "u2")])
+        documents["start"] = np.arange(40) * 50
+        documents["domain"] = rng.integers(0, 2, 40)
+        trace = SimpleNamespace(documents=documents, tokens=2000)
+        labels_N = np.repeat(documents["domain"].astype(np.int64), lengths)
+        dealt_N = dealt_domains(trace, rng)
+        assert (
+            sorted(dealt_N) == sorted(labels_N) and (np.ptp(dealt_N.reshape(40, 50), 1) == 0).all()
+        )
+        named = {"information": normalised_mutual_information}
+        for name, shuffled in (("documents", partial(dealt_domains, trace)), ("tokens", None)):
+            found = measure(named, labels_N, 2, routes_of(experts_NK, 4), shuffled)
+            small[name] += found["information"].p <= 0.05
+    assert small["documents"] <= 3 and small["tokens"] >= 9
