@@ -38,7 +38,9 @@ class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         """Build, and put the library where the package looks for it."""
         try:
-            built, why = kernel_build.build_what_is_wanted(Path(self.build_temp).absolute())
+            built, why = kernel_build.build_what_is_wanted(
+                Path(self.build_temp).absolute(), again=True
+            )
         except kernel_build.BuildError as error:
             self.warn(f"sra_ds is installed without compiled kernels: {error}")
             return

@@ -37,13 +37,17 @@ inline void check_valid(const Tensor& x, const OptionalTensor& valid) {
                   "cosine_route: valid must be bool, one for each of ", x.size(0), " tokens, where x is");
 }
 
+inline void check_top_k(int64_t top_k, int64_t experts) {
+  const int64_t most = std::min<int64_t>(kMaxTopK, experts);
+  STD_TORCH_CHECK(top_k >= 1 && top_k <= most, "cosine_route: k between 1 and ", most, " expected, got ", top_k);
+}
+
 inline void check_route(const Tensor& x, const Tensor& anchors, const Tensor& temperature, int64_t top_k,
                         int64_t gate, const OptionalTensor& valid, const OptionalTensor& bias,
                         const OptionalTensor& noise) {
   check_vectors(x, anchors, temperature, gate);
   const int64_t experts = anchors.size(0);
-  STD_TORCH_CHECK(top_k >= 1 && top_k <= std::min<int64_t>(kMaxTopK, experts), "cosine_route: k between 1 and ",
-                  std::min<int64_t>(kMaxTopK, experts), " expected, got ", top_k);
+  check_top_k(top_k, experts);
   check_valid(x, valid);
   STD_TORCH_CHECK(readable(bias, ScalarType::Float, {experts}, x),
                   "cosine_route: selection bias must be float32, one for each of ", experts, " experts, where x is");
@@ -62,6 +66,7 @@ inline void check_route_backward(const Tensor& x, const Tensor& anchors, const T
   check_vectors(x, anchors, temperature, gate);
   check_valid(x, valid);
   const int64_t tokens = x.size(0), experts = anchors.size(0), top_k = context.ids.size(1);
+  check_top_k(top_k, experts);
   const auto floats = [&](const Tensor& tensor, const std::vector<int64_t>& sizes) {
     return readable(tensor, ScalarType::Float, sizes, x);
   };

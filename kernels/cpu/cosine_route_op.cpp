@@ -59,6 +59,13 @@ Scores scores_of(const Tensor& dots, const Tensor& inverse_x, const Tensor& inve
           1.0f / kNormEps,   static_cast<int>(dots.size(1)), static_cast<int>(top_k), static_cast<Gate>(gate)};
 }
 
+// Ids are addresses to the backward pass; on a GPU they are believed.
+void check_ids(const Tensor& ids, int64_t experts) {
+  const int64_t* first = data<int64_t>(ids);
+  const bool known = std::all_of(first, first + ids.numel(), [=](int64_t id) { return id >= 0 && id < experts; });
+  STD_TORCH_CHECK(known, "cosine_route: ids from 0 to ", experts - 1, " expected");
+}
+
 // The sum of float32 matrices of one shape, in their order, in place of the first.
 Tensor sum_of(const std::vector<Tensor>& matrices) {
   stable::parallel_for(0, matrices[0].numel(), 4096, [&](int64_t first, int64_t last) {
@@ -125,6 +132,7 @@ RouteGradients cosine_route_backward(const Tensor& grad_gates, const Tensor& gra
                        {grad_gates, grad_mean_probs, grad_lse, ids, lse, valid_count, dots, inverse_x, inverse_a,
                         false});
   const int64_t T = x.size(0), D = x.size(1), E = anchors.size(0);
+  check_ids(ids, E);
   const Number number = number_of(x);
   const bool short_products = number == Number::kBFloat16 && number_of(anchors) == number;
   const Number result = short_products ? number : Number::kFloat;

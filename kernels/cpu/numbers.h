@@ -6,6 +6,10 @@
 
 #include "../number.h"
 
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 12
+#error GCC 12 or later is needed, for _Float16 and for versions by the level of a processor
+#endif
+
 namespace sra::cpu {
 
 #define SRA_INLINE inline __attribute__((always_inline))

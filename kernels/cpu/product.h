@@ -6,7 +6,7 @@
 namespace sra::cpu {
 
 // On AMD processors with AVX-512, MKL's float32 products run at half the speed of oneDNN's (Zen 5: 98
-// against 215 GFLOP/s a core).
+// against 215 GFLOP/s a core). SRA_ONEDNN, 0 or 1, says so of any processor.
 bool onednn_is_faster();
 
 // left @ right + bias, all of one type and without history (`detached`); a bias, or none, for each column.

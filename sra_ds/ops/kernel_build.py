@@ -130,10 +130,13 @@ def asked_for(archs: str | None) -> Wanted:
 
 
 def library_name(archs: tuple[str, ...] = ()) -> str:
-    """File name of the library these sources give for CPUs and GPUs of `archs`."""
+    """File name of the library these sources give for CPUs and GPUs of `archs`; raises `BuildError` if
+    there are none."""
     how = (FLAGS, CUDA_FLAGS, NINJA, STABLE_ABI, platform.machine())
     digest = hashlib.sha256("".join(how).encode())
     folder = source_folder()
+    if not _sources(UNITS):
+        raise BuildError(f"no kernel sources in {folder}")
     for path in _sources(UNITS + HEADERS):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
     cuda = "".join("_" + arch.replace("+PTX", "ptx") for arch in archs)
@@ -157,28 +160,29 @@ def serves(archs: tuple[str, ...], capability: tuple[int, int]) -> bool:
     return False
 
 
-def build_what_is_wanted(folder: Path) -> tuple[Path, str]:
+def build_what_is_wanted(folder: Path, again: bool = False) -> tuple[Path, str]:
     """The library for GPUs if they are wanted and it can be built, else that for CPUs, and why. Raises
-    `BuildError` if there is neither."""
+    `BuildError` if there is neither. `again`: also what has failed before."""
     try:
         archs, reason = wanted()
         if archs:
-            return build(folder, archs), ""
+            return build(folder, archs, again), ""
     except BuildError as error:
         reason = str(error)
-    return build(folder, ()), reason
+    return build(folder, (), again), reason
 
 
-def build(folder: Path, archs: tuple[str, ...]) -> Path:
+def build(folder: Path, archs: tuple[str, ...], again: bool = False) -> Path:
     """The library in `folder`, where objects and the compiler's words are left too; one process compiles,
-    others wait for it. Raises `BuildError`."""
+    others wait for it. Raises `BuildError`, at once if the same compiler has failed on it before, unless
+    it is to try `again`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             library = folder / library_name(archs)
             if not library.exists():
-                _compile(library, archs)
+                _compile(library, archs, again)
             return library
     except OSError as error:
         raise BuildError(f"{error.filename or folder}: {error.strerror or error}") from None
@@ -192,19 +196,26 @@ def install(library: Path, target: Path) -> None:
     os.replace(part, target)
 
 
-def _compile(library: Path, archs: tuple[str, ...]) -> None:
+def _compile(library: Path, archs: tuple[str, ...], again: bool) -> None:
     cxx, torch = shlex.split(os.environ.get("CXX", "c++")), find_spec("torch")
     if shutil.which("ninja") is None or shutil.which(cxx[0]) is None:
         raise BuildError("no ninja" if shutil.which("ninja") is None else "no C++ compiler")
     if torch is None or torch.origin is None:
         raise BuildError("torch is not installed where this is built")
     text = _ninja_file(shlex.join(cxx), Path(torch.origin).parent, library, archs)
+    tried = hashlib.sha256((text + _output([*cxx, "--version"])).encode()).hexdigest()[:12]
+    failure = library.with_name(f"{library.stem}_{tried}.failed")
+    if failure.exists() and not again:
+        raise BuildError(f"{failure.read_text('utf-8')} (delete {failure} to try again)")
     (library.parent / "build.ninja").write_text(text, "utf-8")
     command = ["ninja", "-C", str(library.parent)]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     if ran.returncode:
         errors = [line for line in ran.stdout.splitlines() if "error" in line]
-        raise BuildError(f"compilation failed: {(errors or [ran.stdout[-300:]])[0]}")
+        reason = f"compilation failed: {(errors or [ran.stdout[-300:]])[0]}"
+        if errors:  # else it was interrupted
+            failure.write_text(reason, "utf-8")
+        raise BuildError(reason)
 
 
 def gencode(archs: tuple[str, ...]) -> str:
@@ -228,12 +239,12 @@ def _sources(suffixes: tuple[str, ...]) -> list[Path]:
 
 def _ninja_file(cxx: str, torch: Path, library: Path, archs: tuple[str, ...]) -> str:
     home = cuda_home() if archs else None
-    include, lib = (shlex.quote(str(torch / part)) for part in ("include", "lib"))
+    include, lib = (_escaped(shlex.quote(str(torch / part))) for part in ("include", "lib"))
     text = NINJA.format(
-        cxx=cxx, flags=FLAGS, abi=STABLE_ABI, include=include, lib=lib,
-        nvcc=shlex.quote(str(home / "bin" / "nvcc")) if home else "",
+        cxx=_escaped(cxx), flags=FLAGS, abi=STABLE_ABI, include=include, lib=lib,
+        nvcc=_escaped(shlex.quote(str(home / "bin" / "nvcc"))) if home else "",
         cuda_flags=f"{CUDA_FLAGS} {gencode(archs)}",
-        cuda_libraries=f"{_static_runtime(home)} -ldl -lrt -lpthread" if home else "",
+        cuda_libraries=f"{_escaped(_static_runtime(home))} -ldl -lrt -lpthread" if home else "",
     )  # fmt: skip
     lines, objects = [], []
     for unit in _sources(UNITS):
@@ -241,10 +252,14 @@ def _ninja_file(cxx: str, torch: Path, library: Path, archs: tuple[str, ...]) ->
             continue
         name = unit.relative_to(source_folder()).as_posix().replace("/", "-") + ".o"
         rule = "compile_cuda" if unit.suffix == ".cu" else "compile"
-        escaped = re.sub("([$ :])", r"$\\1", str(unit))
-        lines.append(f"build {name}: {rule} {escaped}")
+        lines.append(f"build {name}: {rule} {_escaped(str(unit))}")
         objects.append(name)
     return "\n".join([text, *lines, f"build {library.name}: link {' '.join(objects)}", ""])
+
+
+def _escaped(text: str) -> str:
+    """As ninja reads it."""
+    return re.sub(r"([$ :])", r"$\1", text)
 
 
 def _static_runtime(home: Path) -> str:

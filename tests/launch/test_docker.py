@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from commands import ROOT, environment
+from sra_ds.ops.kernel_build import source_folder
 
 DOCKER = ROOT / "launch" / "docker"
 COMPOSE = DOCKER / "docker-compose.yml"
@@ -99,6 +100,12 @@ def test_every_copied_file_exists_and_is_sent_to_the_builder():
         assert (ROOT / source).exists(), source
         assert f"!{source}" in ignored, source
     assert "launch/docker/.env" in ignored  # secrets stay outside images
+
+
+def test_the_kernels_can_be_compiled_when_the_package_is_installed():
+    before = (DOCKER / "Dockerfile").read_text().partition("--no-build-isolation -e")[0]
+    name = source_folder().relative_to(ROOT)
+    assert f"COPY {name} {name}\n" in before and "g++" in before and "ninja" in before
 
 
 def test_the_image_is_that_of_the_pinned_torch(compose):

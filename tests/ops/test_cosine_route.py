@@ -329,3 +329,32 @@ def test_what_does_not_fit_is_refused_in_words(changes, said):
     chosen_by = Selection(**{name: tensor.to(DEVICE) for name, tensor in changes.items()})
     with pytest.raises(RuntimeError, match=said):
         cosine_route(torch.randn(3, 4), anchors_ED, temperature, top_k, "all", chosen_by)
+
+
+def gradients_of(ids_TK: Tensor, experts: int) -> tuple[Tensor, ...]:
+    """The backward operator, called with these ids by hand."""
+    tokens, top_k = ids_TK.shape
+    x_TD, anchors_ED, temperature = inputs(tokens, 4, experts)
+    upstream = torch.ones(tokens, top_k), torch.ones(experts), torch.ones(tokens)
+    lse_T, valid_count, dots_TE = torch.ones(tokens), torch.ones(1), torch.ones(tokens, experts)
+    return torch.ops.sra_kernels.cosine_route_backward(
+        *upstream, x_TD, anchors_ED, temperature, 1, False, None,
+        ids_TK, lse_T, valid_count, dots_TE, torch.ones(tokens), torch.ones(experts),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(5, 0), (5, 6), (100, 33), (4096, 100)])
+def test_more_experts_than_can_be_chosen_are_refused_backwards_too(experts, top_k):
+    most = min(experts, 32)
+    with pytest.raises(RuntimeError, match=f"k between 1 and {most} expected, got {top_k}"):
+        gradients_of(torch.zeros(3, top_k, dtype=torch.int64), experts)
+
+
+@pytest.mark.skipif(DEVICE in FUSED_DEVICES, reason="a GPU believes the ids it is given")
+@pytest.mark.parametrize("wrong", [-1, 5, 2**40])
+def test_experts_that_are_none_are_refused_backwards(wrong):
+    ids_TK = torch.tensor([[0, 4], [1, 2], [3, 0]])
+    assert all(gradient.isfinite().all() for gradient in gradients_of(ids_TK, 5))
+    ids_TK[2, 1] = wrong
+    with pytest.raises(RuntimeError, match="ids from 0 to 4 expected"):
+        gradients_of(ids_TK, 5)

@@ -1,6 +1,7 @@
 """Where the compiled kernels come from, and what happens without them."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from commands import environment
+from commands import ROOT, environment
 from sra_ds.errors import ConfigError
 from sra_ds.ops import extension as extension_module
 from sra_ds.ops import kernel_build
@@ -45,12 +46,105 @@ def test_without_a_compiler_the_reference_is_used_and_says_why(tmp_path):
     )
 
 
-def test_a_compiler_that_fails_is_quoted(tmp_path):
-    broken = tmp_path / "c++"
-    broken.write_text("#!/bin/sh\necho 'fatal error: no space left'; exit 1\n", "utf-8")
-    broken.chmod(0o755)
-    found = reason(XDG_CACHE_HOME=str(tmp_path), CXX=str(broken))
-    assert found == "reference: compilation failed: fatal error: no space left"
+@pytest.fixture
+def broken(tmp_path):
+    """A compiler that fails, and counts how often it is asked to compile."""
+    compiler = tmp_path / "broken"
+    compiler.write_text(
+        f"""#!/bin/sh
+        case "$*" in *-c*) echo asked >> {tmp_path / "times"} ;; esac
+        echo 'fatal error: no space left'; exit 1""",
+        "utf-8",
+    )
+    compiler.chmod(0o755)
+    return compiler
+
+
+def times(compiler: Path) -> int:
+    return len((compiler.parent / "times").read_text("utf-8").splitlines())
+
+
+def test_a_compiler_that_fails_is_quoted_and_not_asked_again(tmp_path, broken):
+    variables = {"XDG_CACHE_HOME": str(tmp_path), "CXX": str(broken)}
+    said = "reference: compilation failed: fatal error: no space left"
+    assert reason(**variables) == said
+    once = times(broken)
+    (kept,) = (tmp_path / "sra_ds" / "kernels").glob("*.failed")
+    assert kept.name.startswith(Path(kernel_build.library_name()).stem)
+    assert reason(**variables) == f"{said} (delete {kept} to try again)"
+    assert times(broken) == once
+    build_now = [sys.executable, ROOT / "tools" / "build_kernels.py"]
+    subprocess.run(build_now, env=environment() | variables, capture_output=True, check=False)
+    assert times(broken) > once
+
+
+@pytest.fixture
+def sources(monkeypatch, tmp_path):
+    """A folder whose name has everything that ninja reads in its own way, with sources of a few lines."""
+    folder = tmp_path / "my $kernels: new"
+    folder.mkdir()
+    (folder / "answer.h").write_text("#define SRA_ANSWER 42\n", "utf-8")
+    (folder / "answer.cpp").write_text(
+        '#include "answer.h"\nint answer() { return SRA_ANSWER; }\n', "utf-8"
+    )
+    monkeypatch.setattr(kernel_build, "source_folder", lambda: folder)
+    return folder
+
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("c++") is None or shutil.which("ninja") is None, reason="needs c++ and ninja"
+)
+
+
+@needs_compiler
+def test_sources_may_lie_anywhere(sources, tmp_path):
+    assert kernel_build.build(tmp_path / "my $cache: new", ()).exists()
+
+
+@needs_compiler
+def test_what_failed_is_tried_again_if_asked_for_or_with_another_compiler_or_other_sources(
+    sources, broken, monkeypatch, tmp_path
+):
+    def attempt(again: bool = False) -> int:
+        with pytest.raises(kernel_build.BuildError, match="no space left"):
+            kernel_build.build(tmp_path / "cache", (), again)
+        return times(broken)
+
+    monkeypatch.setenv("CXX", str(broken))
+    assert [attempt(), attempt(), attempt(again=True), attempt()] == [1, 1, 2, 2]
+    broken.write_text(broken.read_text("utf-8").replace("fatal", "newer: fatal"), "utf-8")
+    assert [attempt(), attempt()] == [3, 3]
+    (sources / "answer.h").write_text("#define SRA_ANSWER 43\n", "utf-8")
+    assert [attempt(), attempt()] == [4, 4]
+    monkeypatch.delenv("CXX")
+    assert kernel_build.build(tmp_path / "cache", ()).exists()
+
+
+@needs_compiler
+def test_an_interruption_is_no_failure_of_the_compiler(sources, broken, monkeypatch, tmp_path):
+    broken.write_text(broken.read_text("utf-8").replace("fatal error", "stopped"), "utf-8")
+    monkeypatch.setenv("CXX", str(broken))
+    for attempts in (1, 2):
+        with pytest.raises(kernel_build.BuildError, match="compilation failed"):
+            kernel_build.build(tmp_path / "cache", ())
+        assert times(broken) == attempts
+
+
+def test_without_sources_the_reference_is_used_and_says_why(monkeypatch, tmp_path):
+    monkeypatch.setattr(kernel_build, "source_folder", lambda: tmp_path)
+    with pytest.raises(kernel_build.BuildError, match="no kernel sources in"):
+        kernel_build.build(tmp_path, ())
+    found = extension_module._load.__wrapped__("auto")
+    assert found == (frozenset(), f"reference: no kernel sources in {tmp_path}")
+
+
+@needs_compiler
+def test_a_compiler_that_is_too_old_is_told_what_is_needed():
+    numbers = kernel_build.source_folder() / "cpu" / "numbers.h"
+    as_11 = ["c++", "-U__clang__", "-U__GNUC__", "-D__GNUC__=11", "-fsyntax-only", "-xc++"]
+    ran = subprocess.run([*as_11, numbers], capture_output=True, text=True, check=False)
+    first = next(line for line in ran.stderr.splitlines() if "error" in line)
+    assert "#error GCC 12 or later is needed" in first
 
 
 def test_the_library_has_no_python_in_it():
@@ -133,7 +227,7 @@ def test_what_is_built_for_gpus(monkeypatch, tmp_path, asked, torch_cuda, toolki
 
 def test_a_wish_that_makes_no_sense_leaves_the_kernels_for_cpus(monkeypatch, tmp_path):
     monkeypatch.setenv("SRA_CUDA", "yes")
-    monkeypatch.setattr(kernel_build, "build", lambda folder, archs: folder / str(archs))
+    monkeypatch.setattr(kernel_build, "build", lambda folder, archs, again: folder / str(archs))
     built = kernel_build.build_what_is_wanted(tmp_path)
     assert built == (tmp_path / "()", "SRA_CUDA=yes: expected 0, 1 or auto")
 

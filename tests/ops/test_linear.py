@@ -1,9 +1,16 @@
-"""The compiled linear map against torch's, which defines it."""
+"""The compiled linear map against torch's, which defines it.
+
+SRA_ONEDNN=1 has it run on any processor; where it would not, all of this is run once more with it.
+"""
+
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import Tensor
 
+from commands import environment
 from sra_ds.ops import linear as module
 from sra_ds.ops.extension import extension, use_kernels
 from sra_ds.ops.linear import LEAST_WORK, linear, linear_reference, outer_sum, runs_compiled
@@ -11,10 +18,8 @@ from sra_ds.ops.linear import LEAST_WORK, linear, linear_reference, outer_sum, r
 SIZES = [(16, 8, 8), (37, 24, 40), (130, 40, 24), (64, 1, 3), (17, 3, 1), (33, 257, 96)]
 """Rows, widths in and out."""
 
-compiled = pytest.mark.skipif(
-    not runs_compiled(torch.empty(1024, 1024), torch.empty(1024, 1024)),
-    reason=f"MKL is no slower here, or {extension().reason}",
-)
+IN_USE = runs_compiled(torch.empty(1024, 1024), torch.empty(1024, 1024))
+compiled = pytest.mark.skipif(not IN_USE, reason=f"MKL is no slower here, or {extension().reason}")
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
@@ -31,6 +36,18 @@ def test_the_operator_cannot_have_been_left_out_by_accident() -> None:
     if "cpu" in extension().devices:
         expected = bool(torch.ops.sra_kernels.onednn_is_faster())
         assert runs_compiled(torch.empty(16, 2), torch.empty(2, 2)) == expected
+
+
+@pytest.mark.skipif(
+    IN_USE or "cpu" not in extension().devices or not torch.backends.mkldnn.is_available(),
+    reason="it is compared here, or there is nothing to compare",
+)
+def test_it_is_compared_on_every_processor() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", __file__],
+        env=environment() | {"SRA_ONEDNN": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0 and ", 1 skipped" in ran.stdout, ran.stdout + ran.stderr
 
 
 @pytest.mark.parametrize("biased", [True, False])
