@@ -2,13 +2,15 @@
 
 import argparse
 import json
+import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, NoReturn
 
-from sra_ds.errors import SraError
+from sra_ds.errors import ConfigError, SraError
 
 Command = Callable[[argparse.Namespace], Any]
 
@@ -63,6 +65,21 @@ def add_recipe(result: argparse.ArgumentParser, default: str | None = "quickstar
     result.add_argument("overrides", nargs="*", metavar="key.path=value", help="recipe overrides")
 
 
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments of this process; `given` has the names of those that stand on its command line."""
+    arguments = parser.parse_intermixed_args()
+    bare = argparse.Namespace(**dict.fromkeys(vars(arguments)))  # where no default is put
+    found = vars(parser.parse_intermixed_args(namespace=bare))
+    arguments.given = {name for name, value in found.items() if value is not None}
+    return arguments
+
+
+def refuse(arguments: argparse.Namespace, options: Iterable[str], why: str) -> None:
+    """Raise `ConfigError` for one of these that was given; `why` it may not be goes on from its name."""
+    if idle := sorted(arguments.given.intersection(options)):
+        raise ConfigError(f"--{idle[0].replace('_', '-')} {why}; leave it out")
+
+
 def run(arguments: argparse.Namespace, command: Command, show: Callable[[Any], None]) -> int:
     """Run a tool: its result as JSON or through `show`; errors as one line and their exit code."""
     try:
@@ -85,11 +102,25 @@ def run(arguments: argparse.Namespace, command: Command, show: Callable[[Any], N
     if result is None:  # stopped early, or not the rank that reports
         return 0
     if arguments.json:
-        json.dump(result, sys.stdout, indent=1, default=str)
-        print()
+        print(json.dumps(_finite(result), indent=1, default=_named, allow_nan=False))
     else:
         show(result)
     return 0
+
+
+def _finite(tree: Any) -> Any:
+    """The same with null for numbers that JSON does not have."""
+    if isinstance(tree, dict):
+        return {name: _finite(value) for name, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_finite(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
+def _named(value: Any) -> str:
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"a result has {value!r}, a {type(value).__name__}, which is no JSON")
 
 
 @contextmanager

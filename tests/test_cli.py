@@ -1,23 +1,41 @@
 """The real commands, on a real (tiny) run and on bad input."""
 
+import argparse
 import json
+import math
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
-from commands import BIN, ROOT, call, train, write_corpus, write_recipe
+import commands
+from commands import BIN, ROOT, train, write_corpus, write_recipe
+from saved_runs import call
+from sra_ds import cli
+
+__all__ = ["call"]
 
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
 
 
 def tool(name, *arguments, cwd=None):
-    return call(sys.executable, ROOT / "tools" / f"{name}.py", *arguments, cwd=cwd)
+    return commands.call(sys.executable, ROOT / "tools" / f"{name}.py", *arguments, cwd=cwd)
 
 
 def json_of(result):
     assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+    return strictly(result.stdout)
+
+
+def strictly(text):
+    """What JSON says, whose standard has no NaN and no Infinity."""
+
+    def refused(constant):
+        raise AssertionError(constant)
+
+    return json.loads(text, parse_constant=refused)
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +123,62 @@ def test_evaluate_scores_the_users_own_text(folder, tmp_path):
     )
     assert report["words"] == 90 and report["bytes"] == 360
     assert report["coverage"] == 1.0
+
+
+def test_a_perplexity_beyond_all_numbers_is_null(folder, tmp_path):
+    """As that of a word is in a language that has no spaces."""
+    path = tmp_path / "one-word.txt"
+    path.write_text("abcdefghij" * 200)
+    report = json_of(tool("evaluate", "--run", folder / "run", "--text", path, "--json"))
+    assert report["words"] == 1 and report["word_perplexity"] is None
+    assert math.isfinite(report["token_perplexity"])
+
+
+def test_results_are_json_or_fail(capsys):
+    def show(result):
+        asked = argparse.Namespace(json=True, debug=False)
+        assert cli.run(asked, lambda _: result, print) == 0
+        return strictly(capsys.readouterr().out)
+
+    numbers = (math.inf, -math.inf, math.nan, np.float64("nan"), 0.1, 3, True)
+    expected = [None, None, None, None, 0.1, 3, True]
+    assert show({"a": numbers, "b": {"c": [math.inf]}}) == {"a": expected, "b": {"c": [None]}}
+    assert show({"where": Path("a/b"), "none": None}) == {"where": "a/b", "none": None}
+    for value in (np.float32(1), np.int64(1), object()):
+        with pytest.raises(TypeError, match="is no JSON"):
+            show({"value": value})
+    assert not capsys.readouterr().out
+
+
+ONLY_TRAINING = {
+    "--set": "a=1", "--seeds": "0,1,2", "--jobs": 1, "--processes": 1, "--deepspeed": "x.json",
+    "--train-in": "x",
+}  # fmt: skip
+IDLE = [
+    *(
+        (("compare", "--cells", "x", *given), "only with --recipes")
+        for given in ONLY_TRAINING.items()
+    ),
+    (
+        ("compare", "--runs", "x", "--jobs", 1),
+        "--jobs has an effect only with --recipes or --sweep",
+    ),
+    (("bench", "router", "--recipes", "quickstart"), "--recipes has no effect on router"),
+    (("bench", "step", "--batch", 8), "--batch has no effect on step"),
+    (("bench", "backends", "--stages", 0, 1, 2), "--stages has no effect on backends"),
+    (("bench", "scaling", "--stages"), "--stages has no effect on scaling"),
+    (("bench", "latency", "--micro-batch", 2), "--micro-batch has no effect on latency"),
+    (("bench", "memory", "--rounds", 7), "--rounds has no effect on memory"),
+    (("evaluate", "--run", "x", "--text", "y", "--split", "valid"), "--split has no effect with"),
+    (("analyze", "--run", "x", "--text", "y", "--split", "valid"), "--split has no effect with"),
+    (("count_active_params", "--run", "x", "--recipe", "quickstart"), "--recipe has no effect"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), IDLE, ids=[" ".join(map(str, a)) for a, _ in IDLE])
+def test_options_without_an_effect_are_refused(call, arguments, says):
+    """Also where they ask for what is the default."""
+    call(*arguments).refused(says, "leave it out")
 
 
 def test_generate_is_seeded_and_streams_the_prompt(folder):
@@ -218,7 +292,7 @@ def test_compare_refuses_two_runs_of_one_name_and_seed(folder, tmp_path):
 
 
 def test_a_missing_deepspeed_file_is_named(folder):
-    result = call(
+    result = commands.call(
         BIN / "python", ROOT / "launch" / "train.py", "--deepspeed", "no.json",
         "--recipe", folder / "tiny.yaml",
     )  # fmt: skip

@@ -38,11 +38,13 @@ def main() -> int:
         help="for perplexity at other k and with fewer experts; 0: leave these out",
     )  # fmt: skip
     parser.add_argument("--map", choices=("pca", "umap"), default="pca", help="of the anchors")
-    return cli.run(parser.parse_args(), command, show)
+    return cli.run(cli.parse(parser), command, show)
 
 
 def command(arguments: argparse.Namespace) -> dict[str, Any]:
     """Analyse each run and write the report."""
+    if arguments.text is not None:
+        cli.refuse(arguments, ["split"], "has no effect with --text")
     out = arguments.out or arguments.run
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file; name a folder")

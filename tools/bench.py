@@ -12,7 +12,6 @@ latency   milliseconds to the first token and the next; mixer, bands, channel: p
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,10 @@ from sra_ds.config import load_recipe
 from sra_ds.training.ds_config import read_ds_config
 from sra_ds.training.environment import prepare_process
 
-ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("0", "1", "2", "3")
 RECIPES = dict.fromkeys(("step", "backends", "scaling"), ("sra-small", "dense-small"))
 RECIPES |= {"memory": ("sra-128e",), "latency": ("spectral-8m", "spectral-8m-token")}
 OPERATORS, PARTS = ("router", "router-grid", "experts", "linear"), ("mixer", "bands", "channel")
+READERS = {"recipes": RECIPES, "stages": ["step"], "batch": ["backends"], "micro_batch": ["memory"]}
 
 
 def main() -> int:
@@ -34,24 +32,27 @@ def main() -> int:
     parser.add_argument("what", choices=(*RECIPES, *OPERATORS, *PARTS))
     parser.add_argument("--recipes", nargs="+", help="the recipe, then its dense twin")
     parser.add_argument("--batch", type=cli.at_least(1), help="windows a step, for backends")
-    parser.add_argument("--stages", nargs="*", choices=STAGES, default=STAGES[:3], help="for step")
-    parser.add_argument("--rounds", type=cli.at_least(1), default=7)
+    parser.add_argument("--stages", nargs="*", choices=[*"0123"], default=[*"012"], help="for step")
+    parser.add_argument("--rounds", type=cli.at_least(1), default=7, help="of all but memory")
     parser.add_argument("--micro-batch", type=cli.at_least(1), default=2, help="for memory")
     parser.add_argument("--one", choices=("torch", "2"), help=argparse.SUPPRESS)
-    return cli.run(parser.parse_args(), command, cli.show_tree)
+    return cli.run(cli.parse(parser), command, cli.show_tree)
 
 
 def command(arguments: argparse.Namespace) -> dict[str, Any]:
     """Dispatch to the measurement."""
+    what, rounds = arguments.what, arguments.rounds
+    idle = [option for option, readers in READERS.items() if what not in readers]
+    idle += ["rounds"] * (what == "memory")
+    cli.refuse(arguments, idle, f"has no effect on {what}")
     prepare_process()  # before DeepSpeed is imported, which reads the environment
     from sra_ds.benchmarks import backends, experts, latency, linear, memory, parts, router, scaling
     from sra_ds.benchmarks.step import bench_step
 
-    what, rounds = arguments.what, arguments.rounds
-    grid = partial(router.bench_router, grid=True)
-    operators = (router.bench_router, grid, experts.bench_experts, linear.bench_linear)
+    if what.startswith("router"):
+        return router.bench_router(rounds, grid=what == "router-grid")
     if what in OPERATORS:
-        return operators[OPERATORS.index(what)](rounds)
+        return {"experts": experts.bench_experts, "linear": linear.bench_linear}[what](rounds)
     if what in PARTS:
         return parts.bench_parts(what, rounds)
     names = arguments.recipes or RECIPES[what]
@@ -68,12 +69,11 @@ def command(arguments: argparse.Namespace) -> dict[str, Any]:
         return latency.bench_latency(recipes, rounds)
     if what == "scaling":
         return scaling.bench_scaling(recipes[0], ds_config("2"), rounds)
-    stages = {f"zero{stage}": ds_config(stage) for stage in arguments.stages}
-    return bench_step(recipes, stages, rounds)
+    return bench_step(recipes, {f"zero{s}": ds_config(s) for s in arguments.stages}, rounds)
 
 
 def ds_config(stage: str) -> dict[str, Any]:
-    return read_ds_config(ROOT / "ds_configs" / f"zero{stage}.json")
+    return read_ds_config(Path(__file__).resolve().parents[1] / "ds_configs" / f"zero{stage}.json")
 
 
 if __name__ == "__main__":

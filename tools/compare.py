@@ -14,6 +14,8 @@ from sra_ds.evaluation.compare.tables import compare, markdown, write_tables
 from sra_ds.evaluation.compare.training import Launch, train_cells
 
 ROOT = Path(__file__).resolve().parents[1]
+ZERO0 = ROOT / "ds_configs" / "zero0.json"
+TRAINING = ("set", "seeds", "jobs", "processes", "deepspeed", "train_in")
 
 
 def main() -> int:
@@ -34,21 +36,20 @@ def main() -> int:
     )
     parser.add_argument("--against", metavar="NAME", help="what the others differ from (the first)")
     parser.add_argument("--jobs", type=cli.at_least(1), default=1, help="runs trained at a time")
+    parser.add_argument("--processes", type=cli.at_least(1), default=1, help="of each run")
     parser.add_argument(
-        "--processes", type=cli.at_least(1), default=1, help="processes of each run"
-    )
-    zero0 = ROOT / "ds_configs" / "zero0.json"
-    parser.add_argument(
-        "--deepspeed", type=Path, default=zero0, metavar="JSON", help="(zero0.json)"
+        "--deepspeed", type=Path, default=ZERO0, metavar="JSON", help="(default: zero0.json)"
     )
     parser.add_argument("--out", type=Path, help="cells and tables (runs/compare; finished: none)")
     parser.add_argument("--train-in", type=Path, metavar="DIR", help="folder of the runs (--out)")
-    return cli.run(parser.parse_args(), command, show)
+    return cli.run(cli.parse(parser), command, show)
 
 
 def command(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train what is missing, then compare."""
     out: Path | None = arguments.out
+    if not arguments.given & {"recipes", "sweep"}:
+        cli.refuse(arguments, TRAINING, "has an effect only with --recipes or --sweep")
     if arguments.cells is not None:
         cells = [read_cell(path) for path in arguments.cells]
     elif arguments.runs is not None:

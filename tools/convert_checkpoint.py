@@ -39,22 +39,25 @@ def main() -> int:
     parser.add_argument("--text", type=Path, help="what --compress compares on")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json of the imported model")
     cli.add_recipe(parser, default=None)
-    return cli.run(parser.parse_intermixed_args(), command, cli.show_tree)
+    return cli.run(cli.parse(parser), command, cli.show_tree)
 
 
 def command(arguments: argparse.Namespace) -> dict[str, Any]:
     """Convert; returns what was written."""
     out, which = RunDir(arguments.out), arguments.checkpoint
     if not arguments.compress:
-        _refuse({"--text": arguments.text}, "--compress")
+        cli.refuse(arguments, ["text"], "has an effect only with --compress")
     if arguments.import_sra is not None:
-        _refuse({"--run": arguments.run, "--checkpoint": which}, "--reshard and --consolidate")
+        others = "--reshard, --consolidate and --compress"
+        cli.refuse(arguments, ["run", "checkpoint"], f"has an effect only with {others}")
         if None in (arguments.recipe, arguments.tokenizer):
             raise ConfigError("--import-sra needs --recipe and --tokenizer")
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         return import_sra(arguments.import_sra, recipe, arguments.tokenizer, out)
-    asked = {"--recipe": arguments.recipe, "--tokenizer": arguments.tokenizer}
-    _refuse({**asked, **dict.fromkeys(arguments.overrides, "")}, "--import-sra")
+    only_imported = "has an effect only with --import-sra"
+    cli.refuse(arguments, ["recipe", "tokenizer"], only_imported)
+    if arguments.overrides:
+        raise ConfigError(f"{arguments.overrides[0]} {only_imported}; leave it out")
     if arguments.run is None:
         raise ConfigError("--reshard, --consolidate and --compress need --run")
     run = open_run(arguments.run)
@@ -67,13 +70,6 @@ def command(arguments: argparse.Namespace) -> dict[str, Any]:
     for problem in result["passed_over"]:
         print(f"passed over a broken checkpoint: {problem}", file=sys.stderr)
     return result
-
-
-def _refuse(given: dict[str, Any], only_for: str) -> None:
-    """Raise `ConfigError` for an option that would have no effect."""
-    for name, value in given.items():
-        if value is not None:
-            raise ConfigError(f"{name} has an effect only with {only_for}; leave it out")
 
 
 if __name__ == "__main__":

@@ -19,12 +19,13 @@ def main() -> int:
     parser = cli.parser(__doc__ or "")
     cli.add_recipe(parser)
     parser.add_argument("--run", type=Path, help="count the model of a run instead")
-    return cli.run(parser.parse_intermixed_args(), command, cli.show_tree)
+    return cli.run(cli.parse(parser), command, cli.show_tree)
 
 
 def command(arguments: argparse.Namespace) -> dict[str, Any]:
     """Count the model built on the meta device."""
     if arguments.run is not None:
+        cli.refuse(arguments, ["recipe"], "has no effect with --run")
         recipe = open_run(arguments.run).recipe(arguments.overrides)
     else:
         recipe = load_recipe(arguments.recipe, arguments.overrides)

@@ -9,7 +9,6 @@ from typing import Any
 
 from sra_ds import cli
 from sra_ds.analysis.coherence_plots import write_coherence
-from sra_ds.errors import ConfigError
 from sra_ds.evaluation.coherence.report import Request, named, score_coherence
 from sra_ds.evaluation.run import USUAL, Scoring, score_run
 from sra_ds.inference.halting import halted_by
@@ -45,29 +44,33 @@ def main() -> int:
     own.add_argument(
         "--litbank", type=Path, metavar="FILE", help="LitBank, .conll: check of lemmas"
     )
-    return cli.run(parser.parse_args(), command, cli.show_tree)
+    return cli.run(cli.parse(parser), command, cli.show_tree)
 
 
 def command(arguments: argparse.Namespace) -> dict[str, Any]:
     """Load, score, report."""
     prepare_process()
     device, _ = choose_device()
-    given = {name: own for name in Request._fields if (own := getattr(arguments, name)) is not None}
-    if not arguments.coherence and (idle := sorted(given.keys() - {"split", "text"})):
-        raise ConfigError(f"--{idle[0]} goes with --coherence")
-    idle = [name for name, usual in USUAL.items() if getattr(arguments, name) != usual]
-    if arguments.coherence and idle:
-        raise ConfigError(f"--{idle[0].replace('_', '-')} has no effect with --coherence")
+    if arguments.coherence:
+        cli.refuse(arguments, USUAL, "has no effect with --coherence")
+    else:
+        cli.refuse(arguments, {*Request._fields} - {"split", "text"}, "goes with --coherence")
+    if arguments.text is not None:
+        cli.refuse(arguments, ["split"], "has no effect with --text")
     loaded = load_run(arguments.run, arguments.checkpoint, device)
     scoring = Scoring(
         arguments.split, arguments.text, arguments.stride, arguments.batch_size,
         arguments.health_tokens, arguments.legacy_sra, arguments.dynamic,
     )  # fmt: skip
     steering = {} if arguments.steer is None else {"steering": str(arguments.steer)}
-    with steered_by(loaded, arguments.steer), halted_by(loaded.model, arguments.halting):
+    with (
+        steered_by(loaded, arguments.steer, arguments.split, arguments.text),
+        halted_by(loaded.model, arguments.halting),
+    ):
         if not arguments.coherence:
             return {**steering, **score_run(loaded, scoring, device)}
-        request = Request(**given)
+        chosen = arguments.given.intersection(Request._fields)
+        request = Request(**{name: getattr(arguments, name) for name in chosen})
         found = {**steering, **score_coherence(loaded, request, device)}
     write_coherence(found, loaded.run, named(request, arguments.steer, arguments.halting))
     return found

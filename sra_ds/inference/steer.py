@@ -10,6 +10,7 @@ keep their gates bit for bit, and edits that change nothing (factor 1, boost 0) 
 Letters: T tokens, D width, E experts, K experts per token.
 """
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +33,9 @@ from sra_ds.config.steering import (
     Suppress,
     Towards,
 )
+from sra_ds.data.files import list_files
 from sra_ds.errors import ConfigError
+from sra_ds.files import file_sha256
 from sra_ds.inference.load import LoadedRun
 from sra_ds.model.language_model import LanguageModel
 from sra_ds.moe.layer import Given, MoELayer
@@ -60,20 +63,40 @@ def steered(model: LanguageModel, steering: Steering) -> Iterator[None]:
         yield
 
 
-def steered_by(loaded: LoadedRun, card: Path | None) -> AbstractContextManager[None]:
-    """Steer by a card, or not at all; says so on standard error if the card was made for another run or
-    step, where the same numbers are other experts."""
+def steered_by(
+    loaded: LoadedRun, card: Path | None, split: str = "", files: Path | None = None
+) -> AbstractContextManager[None]:
+    """Steer by a card, or not at all, while a split or files are measured, or nothing is."""
     if card is None:
         return nullcontext()
-    steering, here = load_card(card), made_for(loaded)
+    measured = [text_mark(loaded, split, files)] if split else []
+    return steered(loaded.model, open_card(loaded, card, measured))
+
+
+def open_card(loaded: LoadedRun, path: Path, measured: Sequence[str] = ()) -> Steering:
+    """A card that fits the run. Says so on standard error if it was made for another run or step, where
+    the same numbers are other experts, or found on what is measured, by `text_mark`."""
+    steering, here = load_card(path), made_for(loaded)
+    require_fit(loaded.model, steering)
     if steering.made_for not in ("", here):
-        print(f"warning: {card} was made for {steering.made_for}; this is {here}", file=sys.stderr)
-    return steered(loaded.model, steering)
+        print(f"warning: {path} was made for {steering.made_for}; this is {here}", file=sys.stderr)
+    if any(mark in steering.description for mark in measured):
+        print(f"warning: {path}, {steering.description}, is measured there, too", file=sys.stderr)
+    return steering
 
 
 def made_for(loaded: LoadedRun) -> str:
     """Run and step, as cards name them."""
     return f"{loaded.run.path.name}, step {loaded.trainer['step']}"
+
+
+def text_mark(loaded: LoadedRun, split: str = "valid", files: Path | None = None) -> str:
+    """What tells a split of the run's corpus, or the contents of files, from other texts on a card."""
+    if files is None:
+        parts = [str(loaded.run.environment().get("corpus_fingerprint")), split]
+    else:
+        parts = [file_sha256(path) for path in list_files((files,))]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:12]
 
 
 def load_card(path: Path) -> Steering:

@@ -16,9 +16,17 @@ from sra_ds.data.tokenizer import end_of_text_id
 from sra_ds.errors import ConfigError
 from sra_ds.evaluation.difference import steering_cost
 from sra_ds.evaluation.text import open_text
+from sra_ds.files import file_sha256
 from sra_ds.inference.load import LoadedRun
 from sra_ds.inference.places import Place, parse_place, require_place
-from sra_ds.inference.steer import load_card, made_for, require_card, require_fit, save_card
+from sra_ds.inference.steer import (
+    made_for,
+    open_card,
+    require_card,
+    require_fit,
+    save_card,
+    text_mark,
+)
 from sra_ds.steering.actions import ACTIONS, LEAST, Values
 from sra_ds.steering.attribution import (
     attribute,
@@ -155,14 +163,20 @@ def _save_attributed(
             "no expert's slope is significant, so there is nothing for a card to scale; give "
             "more --tokens, or more --prompts"
         )
-    name = f"{'less' if values['lower'] else 'more'} {' '.join(values['words'])}"
-    save_card(Steering(name=name, made_for=made_for(loaded), edits=tuple(edits)), values["out"])
+    found_on = " and ".join(f"{name} ({mark})" for name, mark in _marks(loaded, values))
+    steering = Steering(
+        name=f"{'less' if values['lower'] else 'more'} {' '.join(values['words'])}",
+        description=f"found on {found_on}",
+        made_for=made_for(loaded),
+        edits=tuple(edits),
+    )
+    save_card(steering, values["out"])
     return {"card": str(values["out"]), "scaled": len(edits), "divergence": divergence}
 
 
 def _effect(loaded: LoadedRun, values: Values, device: torch.device) -> dict[str, Any]:
-    steering = load_card(values["card"])
-    require_fit(loaded.model, steering)
+    measured = [mark for _, mark in _marks(loaded, values)]
+    steering = open_card(loaded, values["card"], measured)
     words = _words(loaded, values)
     trace = _trace(loaded, values, device)
     with open_text(loaded, files=values["text"], max_tokens=values["tokens"]) as text:
@@ -191,6 +205,14 @@ def _places(loaded: LoadedRun, values: Values, split: TokenSplit) -> list[Batch]
     if values["prompts"] is None:
         return neutral_batches(loaded, split, values["tokens"])
     return prompt_batches(loaded, read_texts(values["prompts"]))
+
+
+def _marks(loaded: LoadedRun, values: Values) -> list[tuple[str, str]]:
+    """Name and mark of the text that is read and, if there are any, of the prompts."""
+    files, prompts = values["text"], values["prompts"]
+    name = "validation split" if files is None else files.name
+    text = [(name, text_mark(loaded, files=files))]
+    return text if prompts is None else [*text, (prompts.name, file_sha256(prompts)[:12])]
 
 
 def _trace(loaded: LoadedRun, values: Values, device: torch.device) -> Trace:

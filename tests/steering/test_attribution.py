@@ -177,8 +177,17 @@ def test_the_command(make_run, call, tmp_path):
     assert shown.count("(adjusted)") == 3
     edits = json.loads(card.read_text())["edits"]
     assert edits and {edit["kind"] for edit in edits} == {"scale"}
-    priced = call("steer", "--run", run, "--json", "effect", card, *words).tree
-    assert priced["effect"]["log_odds"]["change"]["value"] < 0
+    priced = call("steer", "--run", run, "effect", card, *words, "--json")
+    assert priced.tree["effect"]["log_odds"]["change"]["value"] < 0
+    assert "found on validation split" in priced.err and "is measured there, too" in priced.err
+    evaluate = ("evaluate", "--run", run, "--steer", card, "--health-tokens", 0)
+    assert "is measured there, too" in call(*evaluate).err
+    assert "is measured there, too" not in call(*evaluate, "--split", "test").err
+    prompts = tmp_path / "prompts"
+    prompts.write_text("\n".join(f"{a} {b}" for a in "abcdefgh" for b in "abcdefgh"))
+    assert call(*command, "--prompts", prompts, "--out", card).code == 0
+    found_on = json.loads(card.read_text())["description"]
+    assert found_on.startswith("found on validation split (") and " and prompts (" in found_on
     few = call(*command[:-1], 64, "--out", tmp_path / "no.json")
     assert few.code == 2 and "nothing for a card to scale" in few.err
     assert not (tmp_path / "no.json").exists()

@@ -7,7 +7,8 @@ import torch
 from sra_ds.config.steering import Boost, Replace, Scale, Steering, Suppress, Towards
 from sra_ds.data.tokenizer import end_of_text_id
 from sra_ds.errors import ConfigError
-from sra_ds.inference.steer import save_card, steered
+from sra_ds.inference.load import load_run
+from sra_ds.inference.steer import made_for, save_card, steered, text_mark
 from sra_ds.steering.effect import (
     WordSets,
     effect,
@@ -166,3 +167,30 @@ def test_the_command(make_run, call, tmp_path):
     call(*effect, "--words", " ").refused("a word is empty")
     call(*effect, "--words", "a", "--tokens", 0).refused("--tokens must be at least 1")
     call("steer", "--run", run, "effect", tmp_path / "no.json", "--words", "a").refused("no.json")
+
+
+def test_a_card_of_another_run_is_told(make_run, call, tmp_path):
+    run, card = make_run().path, tmp_path / "card.json"
+    effect = ("steer", "--run", run, "effect", card, "--words", "a", "--tokens", 64)
+    for made, told in (("other, step 7", True), (made_for(load_run(run)), False), ("", False)):
+        save_card(Steering(made_for=made, edits=(EDIT,)), card)
+        warning = f"warning: {card} was made for other, step 7; this is run, step 7\n"
+        assert (warning in call(*effect, "--trace-tokens", 300).err) == told
+
+
+def test_a_card_measured_on_what_it_was_found_on_is_told(make_run, call, tmp_path):
+    run, card = make_run().path, tmp_path / "card.json"
+    own, copy, other = (tmp_path / name for name in ("own.txt", "copy.txt", "other.txt"))
+    own.write_text("abc def ghi\n" * 60)
+    copy.write_text(own.read_text())
+    other.write_text("ghi def abc\n" * 60)
+    mark = text_mark(load_run(run), files=own)
+    save_card(Steering(description=f"found on own.txt ({mark})", edits=(EDIT,)), card)
+    effect = ("steer", "--run", run, "effect", card, "--words", "a", "--tokens", 64)
+    effect += ("--trace-tokens", 300)
+    warning = f"warning: {card}, found on own.txt ({mark}), is measured there, too\n"
+    for text, told in ((own, True), (copy, True), (other, False)):
+        assert (warning in call(*effect, "--text", text).err) == told
+        evaluated = call("evaluate", "--run", run, "--steer", card, "--text", text)
+        assert (warning in evaluated.err) == told
+    assert "is measured" not in call(*effect).err
