@@ -66,12 +66,16 @@ class Labels(NamedTuple):
 
 def label_tokens(trace: Trace, words: Words, classes_M: NDArray[np.int8]) -> Labels:
     """Labels of every traced token."""
-    starts = trace.documents["start"]
-    block_of_document = block_of_documents(starts, trace.tokens)
-    lengths = np.diff(np.append(starts, trace.tokens))
-    domain_N = np.repeat(trace.documents["domain"].astype(np.int64), lengths)
-    block_N = np.repeat(block_of_document, lengths)
+    block_of_document = block_of_documents(trace.documents["start"], trace.tokens)
+    domain_N = _of_tokens(trace, trace.documents["domain"])
+    block_N = _of_tokens(trace, block_of_document)
     return Labels(words, classes_M, block_of_document, block_N, domain_N)
+
+
+def _of_tokens(trace: Trace, values_D: NDArray[np.integer]) -> Ints:
+    """Each token's value of a property of documents."""
+    lengths = np.diff(np.append(trace.documents["start"], trace.tokens))
+    return np.repeat(values_D.astype(np.int64), lengths)
 
 
 def routes_of(trace: Trace, layer: int, labels: Labels) -> Routes:
@@ -110,8 +114,7 @@ def measure_layer(trace: Trace, layer: int, labels: Labels) -> dict[str, Measure
 def dealt_domains(trace: Trace, rng: np.random.Generator) -> Ints:
     """The domain of every token, had the documents' domains been dealt to them at random: that documents
     differ from each other is no difference between domains."""
-    lengths = np.diff(np.append(trace.documents["start"], trace.tokens))
-    return np.repeat(rng.permutation(trace.documents["domain"].astype(np.int64)), lengths)
+    return _of_tokens(trace, rng.permutation(trace.documents["domain"]))
 
 
 def adjust_over_layers(layers: list[dict[str, Measured]]) -> list[dict[str, Measured]]:

@@ -133,7 +133,7 @@ def share_above_null(coherences: list[Measured], twins: list[Measured]) -> Measu
         return Measured(float("nan"))
     above = sum(one.value > one.null_95 for one in tested)
     twins_above = [one.value > one.null_95 for one in other]
-    interval = binomtest(above, len(tested), 0.05).proportion_ci(method="wilson")
+    interval = binomtest(above, len(tested)).proportion_ci(method="wilson")
     return Measured(
         value=above / len(tested),
         chance=0.05,
