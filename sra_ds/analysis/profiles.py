@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from sra_ds.analysis.anchors import AnchorSpace, nearest_tokens
 from sra_ds.analysis.layers import Labels
 from sra_ds.analysis.npmi import TOP_WORDS, Coherence
-from sra_ds.analysis.statistics import RESAMPLES, Measured, with_adjusted_p
+from sra_ds.analysis.statistics import RESAMPLES, SIGNIFICANT, Measured, with_adjusted_p
 from sra_ds.analysis.syntax import CLASSES, FUNCTION_CLASSES
 from sra_ds.analysis.tables import (
     SEED,
@@ -30,7 +30,6 @@ from sra_ds.analysis.traces import Trace
 from sra_ds.metrics import is_dead
 
 TOP_TOKENS = 10
-SIGNIFICANT = 0.05
 
 
 class Profile(NamedTuple):

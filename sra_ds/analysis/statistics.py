@@ -21,6 +21,8 @@ BLOCKS = 20
 RESAMPLES, MANY_RESAMPLES = 100, 1000
 """Of measures that are counted again in each resample, and of those that are one product of matrices."""
 PERMUTATIONS = 99
+SIGNIFICANT = 0.05
+"""Of an adjusted p."""
 
 Floats = NDArray[np.float64]
 
@@ -107,6 +109,12 @@ def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
         scaled = p[order] * tested.size / np.arange(1, tested.size + 1)
         adjusted[order] = np.minimum.accumulate(scaled[::-1])[::-1].clip(max=1.0)
     return [float(p) for p in adjusted]
+
+
+def draws_of_null(tests: int) -> int:
+    """Draws with which one remarkable value alone stays below `SIGNIFICANT` when p is adjusted over so
+    many tests: the smallest p, 1 / (1 + draws), times the tests is half of it. At least 999."""
+    return max(999, round(2 * tests / SIGNIFICANT) - 1)
 
 
 def with_adjusted_p(family: Sequence[Measured]) -> list[Measured]:

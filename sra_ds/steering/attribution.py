@@ -26,7 +26,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from sra_ds.analysis.statistics import benjamini_hochberg
+from sra_ds.analysis.statistics import (
+    MANY_RESAMPLES,
+    SIGNIFICANT,
+    benjamini_hochberg,
+    draws_of_null,
+)
 from sra_ds.config.steering import Scale, Steering
 from sra_ds.data.loader import IGNORED, Batch
 from sra_ds.heap import giving_back
@@ -35,9 +40,8 @@ from sra_ds.moe.routing import Routing
 from sra_ds.steering.effect import WordSets, log_probs
 from sra_ds.steering.effect import divergence as measured_divergence
 
-DRAWS = 999
-SIGNIFICANT = 0.05
 SEED = 0
+DRAWS_AT_ONCE = 1000
 BISECTIONS = 100
 TINY = 1e-300
 FIT_BATCHES = 8
@@ -143,13 +147,18 @@ def attribute(slopes_BLE: Floats, cost_LE: Floats) -> list[dict[str, Any]]:
     flat_BP = slopes_BLE.reshape(units, -1)[:, place_P]
     mean_P = flat_BP.mean(0)
     rng = np.random.default_rng(SEED)
-    flipped_RP = rng.choice((-1.0, 1.0), (DRAWS, units)) @ flat_BP / units
-    beyond_P = (np.abs(flipped_RP) >= np.abs(mean_P) * (1 - 1e-9)).sum(0)
-    p_P = (1 + beyond_P) / (1 + DRAWS)
+    draws, beyond_P = draws_of_null(len(place_P)), np.zeros(len(place_P))
+    for start in range(0, draws, DRAWS_AT_ONCE):
+        signs_RB = rng.choice((-1.0, 1.0), (min(DRAWS_AT_ONCE, draws - start), units))
+        flipped_RP = signs_RB @ flat_BP / units
+        beyond_P += (np.abs(flipped_RP) >= np.abs(mean_P) * (1 - 1e-9)).sum(0)
+    p_P = (1 + beyond_P) / (1 + draws)
     adjusted_P = benjamini_hochberg(p_P.tolist())
     low_P, high_P = np.full((2, len(mean_P)), np.nan)
     if units > 1:
-        drawn_RP = rng.multinomial(units, np.full(units, 1 / units), DRAWS) @ flat_BP / units
+        drawn_RP = (
+            rng.multinomial(units, np.full(units, 1 / units), MANY_RESAMPLES) @ flat_BP / units
+        )
         low_P, high_P = np.quantile(drawn_RP, [0.025, 0.975], axis=0)
     cost_P = cost_LE.ravel()[place_P]
     cost_P = cost_P + max(DAMPING * float(np.median(cost_P)), TINY)

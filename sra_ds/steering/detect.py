@@ -2,7 +2,7 @@
 
 For each expert the share of tokens routed to it in one set, less that in the other. Texts are the units:
 the interval resamples them, and p permutes their labels, adjusted over all experts of all layers.
-Letters: X texts, L layers, E experts, R draws.
+Letters: X texts, L layers, E experts, P experts of all layers, R draws.
 """
 
 from collections.abc import Sequence
@@ -14,15 +14,15 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from sra_ds.analysis.statistics import benjamini_hochberg
+from sra_ds.analysis.statistics import MANY_RESAMPLES, benjamini_hochberg, draws_of_null
 from sra_ds.data.tokenizer import end_of_text_id
 from sra_ds.errors import DataError
 from sra_ds.inference.generate import left_padded
 from sra_ds.inference.load import LoadedRun
 
-DRAWS = 999
 SEED = 0
 BATCH_TEXTS = 16
+DRAWS_AT_ONCE = 1000
 
 Floats = NDArray[np.float64]
 
@@ -75,43 +75,45 @@ def detect(
 
 def rank(counts_XLE: Floats, tokens_X: Floats, first_X: NDArray[np.bool_]) -> list[dict[str, Any]]:
     """What `detect` says, from the routes of the texts and which of them are of the first set."""
-    value_LE = risk_difference(counts_XLE, tokens_X, first_X)
+    texts, _, experts = counts_XLE.shape
+    place_P = np.flatnonzero(~np.isnan(counts_XLE[0]))
+    counts_XP = counts_XLE.reshape(texts, -1)[:, place_P]
+    value_P = risk_difference(counts_XP, tokens_X, first_X)
     rng = np.random.default_rng(SEED)
-    beyond_LE = np.zeros(value_LE.shape)
-    resampled_RLE = np.empty((DRAWS, *value_LE.shape), np.float32)
-    groups = [np.flatnonzero(first_X), np.flatnonzero(~first_X)]
-    for draw in tqdm(range(DRAWS), "resampling", leave=False):
-        permuted_LE = risk_difference(counts_XLE, tokens_X, rng.permutation(first_X))
-        beyond_LE += np.abs(permuted_LE) >= np.abs(value_LE) - 1e-12
-        drawn = np.concatenate([rng.choice(group, len(group)) for group in groups])
-        resampled_RLE[draw] = risk_difference(counts_XLE[drawn], tokens_X[drawn], first_X)
-    there_LE = ~np.isnan(value_LE)
-    p_LE = np.where(there_LE, (1 + beyond_LE) / (1 + DRAWS), np.nan)
-    adjusted_LE = np.array(benjamini_hochberg(p_LE.ravel().tolist())).reshape(p_LE.shape)
-    low_LE, high_LE = np.quantile(resampled_RLE, [0.025, 0.975], axis=0)
-    order = np.argsort(-np.abs(value_LE), axis=None, kind="stable")[: there_LE.sum()]
-    rows = []
-    for layer, expert in zip(*np.unravel_index(order, value_LE.shape), strict=True):
-        at = (layer, expert)
-        rows.append(
-            {
-                "layer": int(layer),
-                "expert": int(expert),
-                "risk_difference": float(value_LE[at]),
-                "low": float(low_LE[at]),
-                "high": float(high_LE[at]),
-                "p": float(p_LE[at]),
-                "p_adjusted": float(adjusted_LE[at]),
-            }
-        )
-    return rows
-
-
-def risk_difference(counts_XLE: Floats, tokens_X: Floats, first_X: NDArray[np.bool_]) -> Floats:
-    """Routes per token of the first texts less those of the others, L x E."""
-    shares = [
-        np.tensordot(own.astype(np.float64), counts_XLE, 1) / max(float(tokens_X[own].sum()), 1.0)
-        for own in (first_X, ~first_X)
+    draws, beyond_P = draws_of_null(len(place_P)), np.zeros(len(place_P))
+    for start in tqdm(range(0, draws, DRAWS_AT_ONCE), "resampling", leave=False):
+        own_RX = np.tile(first_X, (min(DRAWS_AT_ONCE, draws - start), 1))
+        permuted_RP = risk_difference(counts_XP, tokens_X, rng.permuted(own_RX, axis=1))
+        beyond_P += (np.abs(permuted_RP) >= np.abs(value_P) - 1e-12).sum(0)
+    p_P = (1 + beyond_P) / (1 + draws)
+    adjusted_P = benjamini_hochberg(p_P.tolist())
+    first_RX, others_RX = (
+        rng.multinomial(own_X.sum(), own_X / own_X.sum(), MANY_RESAMPLES)
+        for own_X in (first_X, ~first_X)
+    )
+    resampled_RP = _shares(counts_XP, tokens_X, first_RX) - _shares(counts_XP, tokens_X, others_RX)
+    low_P, high_P = np.quantile(resampled_RP, [0.025, 0.975], axis=0)
+    return [
+        {
+            "layer": int(place_P[at] // experts),
+            "expert": int(place_P[at] % experts),
+            "risk_difference": float(value_P[at]),
+            "low": float(low_P[at]),
+            "high": float(high_P[at]),
+            "p": float(p_P[at]),
+            "p_adjusted": adjusted_P[at],
+        }
+        for at in np.argsort(-np.abs(value_P), kind="stable")
     ]
-    difference_LE: Floats = shares[0] - shares[1]
-    return difference_LE
+
+
+def risk_difference(counts_XP: Floats, tokens_X: Floats, first_X: NDArray[np.bool_]) -> Floats:
+    """Routes per token of the first texts less those of the others, for one choice of the first texts
+    or for each row of many."""
+    return _shares(counts_XP, tokens_X, first_X) - _shares(counts_XP, tokens_X, ~first_X)
+
+
+def _shares(counts_XP: Floats, tokens_X: Floats, times_X: NDArray[Any]) -> Floats:
+    """Routes per token of texts that are taken so many times each."""
+    tokens: Floats = (times_X @ tokens_X)[..., None].clip(min=1)
+    return times_X @ counts_XP / tokens

@@ -129,6 +129,14 @@ def test_experts_are_ranked_by_gain_and_noise_is_not_significant():
     assert edit.by == pytest.approx(1 - np.sqrt(2 * 0.02 / 1.1))
 
 
+def test_one_slope_among_many_is_not_lost_by_adjusting():
+    slopes_BLE = np.random.default_rng(3).normal(size=(40, 4, 64))
+    slopes_BLE[:, 2, 5] += 2.0
+    first, *others = attribute(slopes_BLE, np.ones((4, 64)))
+    assert (first["layer"], first["expert"]) == (2, 5) and first["p_adjusted"] < 0.05
+    assert all(row["p_adjusted"] > 0.05 for row in others)
+
+
 def test_the_divergence_is_spent_where_it_changes_most():
     slopes, costs = np.array([0.4, -0.2, 0.1]), np.array([0.4, 0.1, 0.1])
     rows = [

@@ -27,10 +27,13 @@ def test_routes_of_texts_are_those_of_each_text_alone(make_run):
 
 
 def test_risk_difference_by_hand():
-    counts_XLE = np.array([[[3.0, 1.0]], [[1.0, 3.0]], [[0.0, 10.0]]])
+    counts_XP = np.array([[3.0, 1.0], [1.0, 3.0], [0.0, 10.0]])
     tokens_X = np.array([4.0, 4.0, 10.0])
-    found = risk_difference(counts_XLE, tokens_X, np.array([True, True, False]))
-    assert found == pytest.approx(np.array([[4 / 8 - 0.0, 4 / 8 - 1.0]]))
+    choices_RX = np.array([[True, True, False], [True, False, False]])
+    found = risk_difference(counts_XP, tokens_X, choices_RX)
+    expected = np.array([[4 / 8 - 0.0, 4 / 8 - 1.0], [3 / 4 - 1 / 14, 1 / 4 - 13 / 14]])
+    assert found == pytest.approx(expected)
+    assert risk_difference(counts_XP, tokens_X, choices_RX[0]) == pytest.approx(expected[0])
 
 
 def test_an_expert_that_serves_one_kind_of_text_is_found(make_run):
@@ -40,8 +43,8 @@ def test_an_expert_that_serves_one_kind_of_text_is_found(make_run):
     with_it, without = ["abc " * n for n in (2, 3, 4, 5, 6)], ["hij " * n for n in (2, 3, 4, 5, 6)]
     first = detect(loaded, with_it, without)[0]
     counts_XLE, tokens_X = routes_of_texts(loaded, [*with_it, *without])
-    expected_LE = risk_difference(counts_XLE, tokens_X, np.arange(10) < 5)
-    assert abs(first["risk_difference"]) == pytest.approx(np.abs(expected_LE).max())
+    expected_P = risk_difference(counts_XLE.reshape(10, -1), tokens_X, np.arange(10) < 5)
+    assert abs(first["risk_difference"]) == pytest.approx(np.abs(expected_P).max())
     assert first["p"] < 0.02 and first["low"] <= first["risk_difference"] <= first["high"]
     assert first["low"] > 0 or first["high"] < 0
 
@@ -67,6 +70,16 @@ def test_false_alarms_are_as_rare_as_p_says():
         rows = rank(counts_XLE, np.full(16, 20.0), np.arange(16) < 8)
         small += sum(row["p"] <= 0.2 for row in rows)
     assert 20 <= small <= 60  # 40 of 200 expected
+
+
+def test_one_expert_among_many_is_not_lost_by_adjusting():
+    """The smallest p that can be found, times all experts, has to lie below 0.05."""
+    counts_XLE = np.random.default_rng(2).binomial(20, 0.3, (40, 4, 64)).astype(float)
+    counts_XLE[:20, 2, 5] += 10
+    counts_XLE[:, 3, 63] = np.nan
+    first, second, *others = rank(counts_XLE, np.full(40, 20.0), np.arange(40) < 20)
+    assert (first["layer"], first["expert"]) == (2, 5) and first["p_adjusted"] < 0.05
+    assert second["p_adjusted"] > 0.05 and len(others) == 4 * 64 - 3
 
 
 def test_files_that_are_no_sets_of_texts(tmp_path):
