@@ -101,10 +101,14 @@ def run(arguments: argparse.Namespace, command: Command, show: Callable[[Any], N
         return 130
     if result is None:  # stopped early, or not the rank that reports
         return 0
-    if arguments.json:
-        print(json.dumps(_finite(result), indent=1, default=_named, allow_nan=False))
-    else:
-        show(result)
+    try:
+        if arguments.json:
+            print(json.dumps(_finite(result), indent=1, default=_named, allow_nan=False))
+        else:
+            show(result)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return 0
 
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -148,6 +149,16 @@ def test_results_are_json_or_fail(capsys):
         with pytest.raises(TypeError, match="is no JSON"):
             show({"value": value})
     assert not capsys.readouterr().out
+
+
+def test_a_reader_who_has_seen_enough_is_no_error():
+    code = (
+        "import argparse, sys; from sra_ds import cli; asked = argparse.Namespace(json=True); "
+        "sys.exit(cli.run(asked, lambda _: list(range(99999)), print))"
+    )
+    asked = f"{{ {sys.executable} -c '{code}'; echo $? >&2; }} | head -1"
+    found = subprocess.run(["bash", "-c", asked], capture_output=True, text=True, check=True)
+    assert (found.stdout, found.stderr) == ("[\n", "0\n")
 
 
 ONLY_TRAINING = {

@@ -8,6 +8,7 @@ The result is plain values for `analysis.json` and the arrays the figures need.
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from sra_ds.analysis.npmi import TOP_WORDS, WINDOW
 from sra_ds.analysis.profiles import (
     Profile,
     coherence_over_untrained,
+    excess,
     layer_tables,
     least_routes,
     measure_coherence,
@@ -41,8 +43,9 @@ from sra_ds.evaluation.text import open_text
 from sra_ds.inference.load import LoadedRun
 from sra_ds.moe.routers import ScoringRouter
 from sra_ds.storage.checkpoint import MANIFEST, numbered, read_manifest
+from sra_ds.storage.run_dir import ANALYSIS_SCHEMA
 
-SCHEMA_VERSION = 1
+MOST_COHERENT = 10
 MAP_TOKENS = 400
 """Commonest tokens on the map of anchors and vocabulary."""
 
@@ -99,7 +102,30 @@ class Analysis(NamedTuple):
             for layer, found in enumerate(self.measures)
         ]
         experts = [profile.as_dict() for layer in self.profiles for profile in layer]
-        return {**self.facts, "layers": layers, "experts": experts}
+        return {**self.facts, "summary": self.summary(), "layers": layers, "experts": experts}
+
+    def summary(self) -> dict[str, Any]:
+        """The few numbers people quote, over all layers."""
+        shares = [layer["coherent_share"] for layer in self.measures]
+        over = [layer["coherence_over_untrained"] for layer in self.measures]
+        experts = [p for layer in self.profiles for p in layer]
+        tested = [p for p in experts if math.isfinite(excess(p.coherence))]
+        ranked = sorted(tested, key=lambda p: -excess(p.coherence))
+        kinds = ("semantic", "syntactic", "mixed", "idle")
+        return {
+            "coherent": _mean([share.value for share in shares]),
+            "coherent_untrained": _mean([share.untrained for share in shares]),
+            "coherence_over_untrained": [one.as_dict() for one in over],
+            "subtoken_agreement": [m["subtoken_agreement"].as_dict() for m in self.measures],
+            "most_coherent": [f"{p.layer}:{p.expert}" for p in ranked[:MOST_COHERENT]],
+            "kinds": {kind: sum(p.kind == kind for p in experts) for kind in kinds},
+        }
+
+
+def _mean(values: list[float]) -> float | None:
+    """Of what is a number; None if nothing is."""
+    known = [value for value in values if math.isfinite(value)]
+    return sum(known) / len(known) if known else None
 
 
 def require_routed(loaded: LoadedRun) -> None:
@@ -131,7 +157,7 @@ def analyse(loaded: LoadedRun, request: Request, device: torch.device) -> Analys
                 sweeps["dropped"] = drop_curve(loaded, text.split, trace.load_LE, cap, device)
         label = text.label
     facts = {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": ANALYSIS_SCHEMA,
         "run": loaded.run.path.name,
         "recipe": loaded.recipe.name,
         "router": loaded.recipe.model.channel.router.kind,  # type: ignore[union-attr]

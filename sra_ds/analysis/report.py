@@ -6,7 +6,6 @@ The page is one file without network access. Figures are drawn into it as SVG in
 import csv
 import io
 import json
-import math
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -17,7 +16,6 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 from sra_ds.analysis.analysis import Analysis
 from sra_ds.analysis.expert_plots import INK, draw_analysis
 from sra_ds.analysis.explain import Explanation
-from sra_ds.analysis.profiles import excess
 from sra_ds.storage.run_dir import write_atomically
 
 MEANINGS = {
@@ -47,7 +45,6 @@ CAPTIONS = {
     "saturation": "Share of the final choices that earlier checkpoints had made; the line is chance.",
     "sweeps": "Perplexity with other numbers of experts per token, and with experts suppressed.",
 }
-MOST_COHERENT = 10
 COLUMNS = (
     "layer", "expert", "kind", "specialisation", "load", "dead_by_routes", "dead_by_tokens",
     "top_tokens", "top_words", "nearest_tokens", "vocabulary_specialisation", "function_share", "partner",
@@ -70,7 +67,7 @@ def write_report(analyses: list[Analysis], out: Path) -> dict[str, Any]:
         "experts": str(out / "experts.csv"),
         "analysis": str(out / "analysis.json"),
         "figures": [str(path) for path in figures.values()],
-        "summary": [{"run": a.facts["run"], **_summary(a)} for a in analyses],
+        "summary": [{"run": a.facts["run"], **a.summary()} for a in analyses],
     }
 
 
@@ -111,7 +108,7 @@ def report_html(analyses: list[Analysis], figures: dict[str, Path]) -> str:
     runs = [
         {
             **a.facts,
-            **_summary(a),
+            **a.summary(),
             "profiles": [[p.as_dict() for p in layer] for layer in a.profiles],
         }
         for a in analyses
@@ -158,30 +155,6 @@ def inline_svg(text: str) -> str:
     head, rest = svg.split(">", 1)
     head = re.sub(r'\s(?:width|height)="[^"]*"', "", head)
     return f'{head} role="img">{rest}'.replace(INK, "currentColor")
-
-
-def _summary(analysis: Analysis) -> dict[str, Any]:
-    """The few numbers people quote, over all layers."""
-    shares = [layer["coherent_share"] for layer in analysis.measures]
-    over = [layer["coherence_over_untrained"] for layer in analysis.measures]
-    experts = [p for layer in analysis.profiles for p in layer]
-    tested = [p for p in experts if math.isfinite(excess(p.coherence))]
-    ranked = sorted(tested, key=lambda p: -excess(p.coherence))
-    kinds = ("semantic", "syntactic", "mixed", "idle")
-    return {
-        "coherent": _mean([share.value for share in shares]),
-        "coherent_untrained": _mean([share.untrained for share in shares]),
-        "coherence_over_untrained": [one.as_dict() for one in over],
-        "subtoken_agreement": [m["subtoken_agreement"].as_dict() for m in analysis.measures],
-        "most_coherent": [f"{p.layer}:{p.expert}" for p in ranked[:MOST_COHERENT]],
-        "kinds": {kind: sum(p.kind == kind for p in experts) for kind in kinds},
-    }
-
-
-def _mean(values: list[float]) -> float | None:
-    """Of what is a number; None if nothing is."""
-    known = [value for value in values if math.isfinite(value)]
-    return sum(known) / len(known) if known else None
 
 
 def _range(counts: list[int]) -> str:

@@ -20,6 +20,8 @@ from sra_ds.config import Recipe, dump_recipe, load_recipe
 from sra_ds.errors import CheckpointError, ConfigError, SraError
 
 PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "safetensors")
+ANALYSIS_SCHEMA = 2
+"""Of `analysis.json`."""
 
 
 class RunDir:
@@ -63,11 +65,12 @@ class RunDir:
 
     def analysis(self, step: int) -> dict[str, Any] | None:
         """What `tools/analyze.py` found in the checkpoint of that step; None where it looked at another
-        one, or at none."""
+        one, or at none, or wrote another form."""
         if not self.analysis_file.is_file():
             return None
         found = read_json_object(self.analysis_file)
-        return found if found.get("step") == step else None
+        expected = {"schema_version": ANALYSIS_SCHEMA, "step": step}
+        return found if expected.items() <= found.items() else None
 
     def drop_metrics_after(self, step: int, last: int) -> None:
         """Forget what a run resumed after `step` will do again: later steps and the final evaluation,

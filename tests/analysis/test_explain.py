@@ -109,11 +109,12 @@ def test_margins_do_not_need_the_near_misses_shown(make_run):
         assert not any(d.near for d in own)
 
 
-def test_the_analysis_of_another_step_is_left_out(make_run):
+def test_the_analysis_of_another_step_or_of_another_form_is_left_out(make_run):
     loaded = load_run(make_run().path)
     expert = {"layer": 0, "expert": 1, "specialisation": "semantic", "top_tokens": ["a"]}
-    for step, known in ((loaded.trainer["step"], 1), (loaded.trainer["step"] + 1, 0)):
-        content = {"step": step, "experts": [expert]}
+    step = loaded.trainer["step"]
+    for of_step, schema, known in ((step, 2, 1), (step + 1, 2, 0), (step, 1, 0)):
+        content = {"schema_version": schema, "step": of_step, "experts": [expert]}
         (loaded.run.path / "analysis.json").write_text(json.dumps(content))
         assert len(explain(loaded, TEXT).known) == known
 

@@ -123,7 +123,7 @@ def test_load_and_tokens_come_from_the_analysis_or_else_from_training(
         for layer, loads in enumerate(LOAD_LE)
         for expert, load in enumerate(loads)
     ]
-    analysis = {"step": STEP, "layers": [], "experts": experts, "tokens": 500}
+    analysis = {"schema_version": 2, "step": STEP, "experts": experts, "tokens": 500}
     (run.path / "analysis.json").write_text(json.dumps(analysis))
     result = call(*asked, "--out", tmp_path / "b")
     assert "tools/analyze.py" not in result.err
@@ -132,7 +132,7 @@ def test_load_and_tokens_come_from_the_analysis_or_else_from_training(
     assert card["top_tokens"] == ["t03"]
     for damaged in (
         {**analysis, "experts": experts[:-1]},
-        {"step": STEP, "tokens": 5},
+        {"schema_version": 2, "step": STEP, "tokens": 5},
         [],
         {**analysis, "tokens": "x"},
     ):

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -151,19 +150,11 @@ def _curve(metrics: Sequence[dict[str, Any]]) -> tuple[Point, ...]:
 
 def _coherence(run: RunDir, step: int) -> Coherence | None:
     found = run.analysis(step)
-    if found is None:
-        return None
-    shares = [layer["measures"]["coherent_share"] for layer in found["layers"]]
-    of_layers = {name: [share[name] for share in shares] for name in ("value", "untrained")}
-    means = {
-        name: mean(known) if (known := [v for v in own if v is not None]) else None
-        for name, own in of_layers.items()
-    }
-    if means["value"] is None:
+    if found is None or found["summary"]["coherent"] is None:
         return None
     return Coherence(
-        share=means["value"],
-        untrained=means["untrained"],
+        share=found["summary"]["coherent"],
+        untrained=found["summary"]["coherent_untrained"],
         text=found["text"],
         tokens=found["tokens"],
     )
