@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -229,9 +230,19 @@ def test_compare_runs_each_cell_once(folder, tmp_path):
     assert times == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*/summary.json")}
 
 
-def test_compare_refuses_runs_on_different_text(folder, tmp_path):
-    import shutil
+def test_a_cell_has_the_coherence_that_an_analysis_of_the_last_step_found(folder, tmp_path):
+    shutil.copytree(folder / "run", tmp_path / "run", symlinks=True)
+    asked = ("analyze", "--run", tmp_path / "run", "--sweep-tokens", 0, "--json")
+    (summary,) = json_of(tool(*asked, "--checkpoint", "latest"))["summary"]
+    tool("compare", "--runs", tmp_path / "run", "--out", tmp_path / "out")
+    cell = strictly((tmp_path / "out" / "cell-tiny-s0.json").read_text())
+    found = cell["coherence"]
+    assert found["share"] == summary["coherent"]
+    assert found["untrained"] == summary["coherent_untrained"]
+    assert found["text"] == "valid split" and found["tokens"] > 0
 
+
+def test_compare_refuses_runs_on_different_text(folder, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(folder / "run", other)
     summary = json.loads((other / "summary.json").read_text())
@@ -294,8 +305,6 @@ def test_resuming_what_is_no_run_is_one_line_and_leaves_nothing(tmp_path):
 
 
 def test_compare_refuses_two_runs_of_one_name_and_seed(folder, tmp_path):
-    import shutil
-
     shutil.copytree(folder / "run", tmp_path / "other", symlinks=True)
     result = tool("compare", "--runs", folder / "run", tmp_path / "other", "--out", tmp_path / "o")
     assert result.returncode == 2
