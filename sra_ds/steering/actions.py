@@ -113,7 +113,7 @@ ACTIONS = {
             "--divergence": {
                 "type": float,
                 "default": 0.005,
-                "help": "of the card: KL in nats per token on neutral text (default: %(default)s)",
+                "help": "at most: KL in nats per token on neutral text (default: %(default)s)",
             },
             "--lower": {"action": "store_true", "help": "a card for less of the words"},
         },

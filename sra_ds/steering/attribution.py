@@ -4,13 +4,10 @@
             places (see `effect`); without other words d / dc P(words)
     cost    F = mean of (d / dc log P(next token))^2, the Fisher information of the gate: on neutral text
             gates times 1 + d cost about F d^2 / 2 nats of KL divergence per token
-    card    d = b slope / (F + damping) between -1 and 1: the largest change of the words for a
-            divergence if gates act independently and alike at every dose (the natural gradient of
-            Amari 1998, diagonal). They do not, so b is set by the divergence that is measured.
 
 Next tokens are drawn from the model, so F needs no labels; choices that flip in later layers are not in
 it. The interval of a slope resamples units, p flips their signs, adjusted over all experts. `detect`
-finds what reads something, this what writes it.
+finds what reads something, this what writes it, `fit` makes a card of it.
 Letters: B units (windows or prompts), T positions, N = B x T tokens, L layers, E experts, K choices,
 P experts of all layers.
 """
@@ -26,27 +23,16 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from sra_ds.analysis.statistics import (
-    MANY_RESAMPLES,
-    SIGNIFICANT,
-    benjamini_hochberg,
-    draws_of_null,
-)
-from sra_ds.config.steering import Scale, Steering
+from sra_ds.analysis.statistics import MANY_RESAMPLES, benjamini_hochberg, draws_of_null
 from sra_ds.data.loader import IGNORED, Batch
 from sra_ds.heap import giving_back
 from sra_ds.model.language_model import LanguageModel
 from sra_ds.moe.routing import Routing
-from sra_ds.steering.effect import WordSets, log_probs
-from sra_ds.steering.effect import divergence as measured_divergence
+from sra_ds.steering.effect import WordSets
 
 SEED = 0
 DRAWS_AT_ONCE = 1000
-BISECTIONS = 100
 TINY = 1e-300
-FIT_BATCHES = 8
-FIT_STEPS = 12
-"""Parts of the neutral text, and tries, that a card is fitted to its divergence with."""
 DAMPING = 0.1
 """In medians of F: an expert that hardly any token of the neutral text uses is not free."""
 
@@ -54,14 +40,19 @@ Floats = NDArray[np.float64]
 
 
 @contextmanager
-def gate_factors(model: LanguageModel, units: int) -> Iterator[list[Tensor]]:
-    """For a while every gate is multiplied by the factor of its unit and expert, B x E ones for each
-    routed layer, through which gradients flow."""
-    device = next(model.parameters()).device
-    factors = [
-        torch.ones(units, int(router.slots), device=device, requires_grad=True)
-        for router in model.routers()
-    ]
+def gate_factors(
+    model: LanguageModel, units: int, gates_LE: Floats | None = None
+) -> Iterator[list[Tensor]]:
+    """For a while every gate is multiplied by the factor of its unit and expert, B x E for each routed
+    layer, through which gradients flow: ones, or those of `gates_LE` for every unit."""
+    weight = next(model.parameters())
+    device, dtype = weight.device, torch.promote_types(weight.dtype, torch.float32)
+    factors = []
+    for layer, router in enumerate(model.routers()):
+        experts = int(router.slots)
+        own_E = np.ones(experts) if gates_LE is None else gates_LE[layer, :experts]
+        factor_E = torch.tensor(own_E, dtype=dtype, device=device)
+        factors.append(factor_E.repeat(units, 1).requires_grad_())
 
     def hook(factor_BE: Tensor) -> Any:
         def multiply(module: nn.Module, arguments: Any, routing: Routing) -> Routing:
@@ -83,8 +74,13 @@ def gate_factors(model: LanguageModel, units: int) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
-def gate_slopes(model: LanguageModel, batches: Sequence[Batch], words: WordSets) -> Floats:
-    """Slope of every unit in every gate, B x L x E."""
+def gate_slopes(
+    model: LanguageModel,
+    batches: Sequence[Batch],
+    words: WordSets,
+    gates_LE: Floats | None = None,
+) -> Floats:
+    """Slope of every unit in every gate, B x L x E, where gates are multiplied by `gates_LE` already."""
 
     def measure(logits_BTV: Tensor, counted_BT: Tensor) -> Tensor:
         own_BT = logits_BTV[..., words.own_S].logsumexp(-1)
@@ -94,7 +90,8 @@ def gate_slopes(model: LanguageModel, batches: Sequence[Batch], words: WordSets)
             value_BT = (own_BT - logits_BTV.logsumexp(-1)).exp()
         return value_BT / counted_BT.sum(-1, keepdim=True)
 
-    return np.concatenate([_gradient(model, batch, measure) for batch in _each(batches, "slopes")])
+    parts = [_gradient(model, batch, measure, gates_LE) for batch in _each(batches, "slopes")]
+    return np.concatenate(parts)
 
 
 def gate_cost(model: LanguageModel, batches: Sequence[Batch], seed: int = SEED) -> Floats:
@@ -122,13 +119,16 @@ def _each(batches: Sequence[Batch], what: str) -> Iterator[Batch]:
 
 
 def _gradient(
-    model: LanguageModel, batch: Batch, measure: Callable[[Tensor, Tensor], Tensor]
+    model: LanguageModel,
+    batch: Batch,
+    measure: Callable[[Tensor, Tensor], Tensor],
+    gates_LE: Floats | None = None,
 ) -> Floats:
     """Gradient, B x L x E, of the sum over each unit's counted places of measure(logits, counted); NaN
     for an expert that a layer lacks and another has (a ghost that is awake)."""
     own = batch.to(next(model.parameters()).device)
     counted_BT = own.targets_BT != IGNORED
-    with gate_factors(model, len(own.ids_BT)) as factors:
+    with gate_factors(model, len(own.ids_BT), gates_LE) as factors:
         logits_BTV = model(own.ids_BT, None, own.document_ids_BT, own.valid_BT).logits
         assert logits_BTV is not None
         values_BT = torch.where(counted_BT, measure(logits_BTV, counted_BT), 0.0)
@@ -177,59 +177,3 @@ def attribute(slopes_BLE: Floats, cost_LE: Floats) -> list[dict[str, Any]]:
         }
         for at in np.argsort(-gain_P, kind="stable")
     ]
-
-
-def cheapest(rows: Sequence[dict[str, Any]], divergence: float, lower: bool = False) -> list[Scale]:
-    """Gates between 0 and 2 of the experts whose slope is significant, so that the words rise (or fall)
-    as much as a KL divergence on neutral text, in nats per token, allows."""
-    chosen = [row for row in rows if row["p_adjusted"] < SIGNIFICANT]
-    slope_P = np.array([row["slope"] for row in chosen]) * (-1 if lower else 1)
-    cost_P = np.array([row["cost"] for row in chosen])
-    step_P = _within(slope_P / cost_P, cost_P, divergence)
-    return [
-        Scale(layer=row["layer"], expert=row["expert"], by=float(1 + step))
-        for row, step in zip(chosen, step_P, strict=True)
-    ]
-
-
-def fitted(
-    model: LanguageModel,
-    rows: Sequence[dict[str, Any]],
-    batches: Sequence[Batch],
-    divergence: float,
-    lower: bool = False,
-) -> tuple[list[Scale], float]:
-    """The edits of `cheapest` whose *measured* divergence on at most `FIT_BATCHES` of the batches is the
-    one asked for, to 5 %, and that divergence; less where all gates have reached their limits."""
-    chosen = batches[:: -(-len(batches) // FIT_BATCHES)]
-    bases = [log_probs(model, batch) for batch in chosen]
-    budget, edits, measured = divergence, cheapest(rows, divergence, lower), 0.0
-    for _ in tqdm(range(FIT_STEPS), "fitting", leave=False):
-        measured = measured_divergence(model, Steering(edits=tuple(edits)), chosen, bases)
-        if measured == 0 or abs(measured / divergence - 1) < 0.05:
-            break
-        budget *= divergence / measured
-        further = cheapest(rows, budget, lower)
-        if further == edits:
-            break
-        edits = further
-    return edits, measured
-
-
-def _within(direction_P: Floats, cost_P: Floats, divergence: float) -> Floats:
-    """clip(b direction, -1, 1) with b as large as sum(cost step^2) / 2 <= divergence allows."""
-
-    def step(scale: float) -> Floats:
-        return (scale * direction_P).clip(-1, 1)
-
-    sizes_P = np.abs(direction_P[direction_P != 0])
-    if not sizes_P.size:
-        return direction_P
-    low, high = 0.0, float(2 / sizes_P.min())  # by half of it all are at their limits
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        if float((cost_P * step(middle) ** 2).sum() / 2) <= divergence:
-            low = middle
-        else:
-            high = middle
-    return step(low)

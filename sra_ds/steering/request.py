@@ -8,8 +8,9 @@ import torch
 from pydantic import ValidationError
 
 from sra_ds.analysis.analysis import trace_run
+from sra_ds.analysis.statistics import SIGNIFICANT
 from sra_ds.analysis.traces import Pass, Trace
-from sra_ds.config.steering import Scale, Steering
+from sra_ds.config.steering import Steering
 from sra_ds.data.loader import Batch
 from sra_ds.data.shards import TokenSplit
 from sra_ds.data.tokenizer import end_of_text_id
@@ -28,12 +29,7 @@ from sra_ds.inference.steer import (
     text_mark,
 )
 from sra_ds.steering.actions import ACTIONS, LEAST, Values
-from sra_ds.steering.attribution import (
-    attribute,
-    fitted,
-    gate_cost,
-    gate_slopes,
-)
+from sra_ds.steering.attribution import attribute, gate_cost, gate_slopes
 from sra_ds.steering.detect import detect, read_texts
 from sra_ds.steering.effect import (
     WordSets,
@@ -43,6 +39,7 @@ from sra_ds.steering.effect import (
     prompt_batches,
     word_tokens,
 )
+from sra_ds.steering.fit import Fit, Walk
 from sra_ds.steering.verify import choose_targets, verify
 from sra_ds.storage.run_dir import require_file, write_atomically
 
@@ -145,33 +142,42 @@ def _attribute(loaded: LoadedRun, values: Values) -> dict[str, Any]:
     if not 0 < values["divergence"] < math.inf:
         raise ConfigError(f"--divergence must be above 0, got {values['divergence']}")
     with open_text(loaded, files=values["text"], max_tokens=values["tokens"]) as text:
-        slopes_BLE = gate_slopes(loaded.model, _places(loaded, values, text.split), words)
+        places = _places(loaded, values, text.split)
+        slopes_BLE = gate_slopes(loaded.model, places, words)
         neutral = neutral_batches(loaded, text.split, values["tokens"])
         rows = attribute(slopes_BLE, gate_cost(loaded.model, neutral))
         result: dict[str, Any] = {"units": len(slopes_BLE), "top": values["top"], "experts": rows}
         if values["out"] is not None:
-            fit = fitted(loaded.model, rows, neutral, values["divergence"], values["lower"])
-            result |= _save_attributed(loaded, *fit, values)
+            walk = Walk(loaded.model, places, words, neutral)
+            fit = walk.fit(rows, values["divergence"], values["lower"])
+            result |= _save_attributed(loaded, rows, fit, values)
     return result
 
 
 def _save_attributed(
-    loaded: LoadedRun, edits: list[Scale], divergence: float, values: Values
+    loaded: LoadedRun, rows: list[dict[str, Any]], fit: Fit, values: Values
 ) -> dict[str, Any]:
-    if not edits:
+    if not any(row["p_adjusted"] < SIGNIFICANT for row in rows):
         raise ConfigError(
             "no expert's slope is significant, so there is nothing for a card to scale; give "
             "more --tokens, or more --prompts"
         )
+    way = "less" if values["lower"] else "more"
+    if not fit.edits:
+        raise ConfigError(
+            f"no card of the experts with significant slopes gives {way} of the words; try a "
+            "smaller --divergence, or other words"
+        )
     found_on = " and ".join(f"{name} ({mark})" for name, mark in _marks(loaded, values))
     steering = Steering(
-        name=f"{'less' if values['lower'] else 'more'} {' '.join(values['words'])}",
+        name=f"{way} {' '.join(values['words'])}",
         description=f"found on {found_on}",
         made_for=made_for(loaded),
-        edits=tuple(edits),
+        edits=tuple(fit.edits),
     )
     save_card(steering, values["out"])
-    return {"card": str(values["out"]), "scaled": len(edits), "divergence": divergence}
+    measured = {name: getattr(fit, name) for name in ("divergence", "before", "after")}
+    return {"card": str(values["out"]), "scaled": len(fit.edits), **measured}
 
 
 def _effect(loaded: LoadedRun, values: Values, device: torch.device) -> dict[str, Any]:
