@@ -31,6 +31,8 @@ class SwitchBalanceConfig(BalanceTerm):
     """E times the sum of load share times mean probability (Switch Transformer)."""
 
     kind: Literal["switch"] = "switch"
+    of: Literal["probs"] = "probs"
+    """The load is a factor already: put in the place of the probabilities it changes no gradient."""
 
 
 class BandpassBalanceConfig(BalanceTerm):
