@@ -82,12 +82,21 @@ def test_a_figure_of_compression_where_shares_differ(tmp_path: Path) -> None:
     assert (tmp_path / "compression.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("sweep", ["sra", "sra-best"])
+@pytest.mark.parametrize("sweep", ["sra", "sra-best", "sra-best-parts", "sra-best-twins"])
 def test_variants_of_sra_have_the_active_parameters_of_its_dense_twin(sweep: str) -> None:
     twin = budget(load_recipe("dense-small"))[0].active
     for cell in read_sweep(sweep, [], [0]):
-        expected = 1.4 if cell.recipe.model.channel.top_k == 4 and sweep == "sra" else 1
+        expected = 1.4 if cell.recipe.name == "k-1-4" else 1
         assert budget(cell.recipe)[0].active == pytest.approx(expected * twin, rel=3e-3), cell.name
+
+
+def test_twins_of_sra_best_have_the_published_channels_and_losses() -> None:
+    twins = {cell.recipe.name: cell.recipe for cell in read_sweep("sra-best-twins", [], [0])}
+    for version in ("v1", "v2"):
+        twin, published = twins[f"sra-best-{version}"], load_recipe(f"sra-{version}-small")
+        assert (twin.model, twin.losses) == (published.model, published.losses)
+        assert twin.training.top_k_schedule == published.training.top_k_schedule
+        assert twin.training.schedule == twins["sra-best"].training.schedule
 
 
 def test_the_published_forms_have_the_parameters_of_sra_small() -> None:
