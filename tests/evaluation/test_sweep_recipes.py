@@ -82,7 +82,7 @@ def test_a_figure_of_compression_where_shares_differ(tmp_path: Path) -> None:
     assert (tmp_path / "compression.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("sweep", ["sra", "sra-best", "sra-best-parts", "sra-best-twins"])
+@pytest.mark.parametrize("sweep", ["sra", "sra-best", "sra-best-combined", "sra-best-twins"])
 def test_variants_of_sra_have_the_active_parameters_of_its_dense_twin(sweep: str) -> None:
     twin = budget(load_recipe("dense-small"))[0].active
     for cell in read_sweep(sweep, [], [0]):
