@@ -9,6 +9,7 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
 
 from sra_ds.analysis.moe_plots import Connections, moe_figures
@@ -16,6 +17,11 @@ from sra_ds.analysis.resonance_plots import compression_figure, mask_figure, res
 from sra_ds.analysis.spectral_plots import Spectrum, spectral_figures
 
 Metrics = list[dict[str, Any]]
+
+MIN_HEIGHT, ROW_HEIGHT = 3.6, 0.24
+"""Inches of a comparison, and of each of its rows."""
+WIDE = 2.0
+"""Perplexities further apart than so many times stand on a logarithmic axis."""
 
 
 class Shown(NamedTuple):
@@ -130,19 +136,24 @@ def draw_comparison(rows: list[dict[str, Any]], folder: Path) -> None:
 
 
 def comparison_figure(rows: list[dict[str, Any]], path: Path) -> None:
-    """Mean and standard deviation of the perplexity of each recipe over its seeds."""
+    """Mean and standard deviation of the perplexity of each recipe over its seeds, the best first."""
+    rows = sorted(rows, key=lambda row: float(row["token_perplexity_mean"]))
     figure, axes = _axes("validation token perplexity", "")
+    figure.set_figheight(max(MIN_HEIGHT, ROW_HEIGHT * len(rows)))
     names = [row["recipe"] for row in rows]
     means = [row["token_perplexity_mean"] for row in rows]
     deviations = [row["token_perplexity_sd"] or 0.0 for row in rows]
     axes.errorbar(means, range(len(rows)), xerr=deviations, fmt="o", capsize=5)
-    axes.set_yticks(range(len(rows)), names)
-    axes.invert_yaxis()
-    axes.margins(y=0.2)
     for y, row in enumerate(rows):
-        axes.plot(
-            row["token_perplexities"], [y] * len(row["token_perplexities"]), "x", color="gray"
-        )
+        seeds = row["token_perplexities"]
+        axes.plot(seeds, [y] * len(seeds), "x", color="gray")
+    axes.set_yticks(range(len(rows)), names)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    if means[-1] > WIDE * means[0]:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
     figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
 
