@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from sra_ds.config.losses import BalanceConfig, DispersionConfig, LossesConfig
@@ -70,6 +70,11 @@ def test_switch_is_e_times_the_product_of_load_share_and_probability() -> None:
     routing = routing_of(SHARES, load=(6.0, 3.0, 1.0))
     expected = 3 * (0.6 * 0.5 + 0.3 * 0.3 + 0.1 * 0.2)
     assert balance_loss(routing, balance("switch")).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_switch_has_no_form_by_load() -> None:
+    with pytest.raises(ValidationError, match="probs"):
+        balance("switch", of="load")
 
 
 @pytest.mark.parametrize("experts", [1, 4, 128])

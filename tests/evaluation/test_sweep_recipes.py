@@ -92,11 +92,13 @@ def test_variants_of_sra_have_the_active_parameters_of_its_dense_twin(sweep: str
 
 def test_twins_of_sra_best_have_the_published_channels_and_losses() -> None:
     twins = {cell.recipe.name: cell.recipe for cell in read_sweep("sra-best-twins", [], [0])}
+    best = twins["sra-best"].training
     for version in ("v1", "v2"):
         twin, published = twins[f"sra-best-{version}"], load_recipe(f"sra-{version}-small")
         assert (twin.model, twin.losses) == (published.model, published.losses)
         assert twin.training.top_k_schedule == published.training.top_k_schedule
-        assert twin.training.schedule == twins["sra-best"].training.schedule
+        assert (twin.training.schedule, twin.training.optimizer) == (best.schedule, best.optimizer)
+        assert twin.training.batch_size == best.batch_size
 
 
 def test_the_published_forms_have_the_parameters_of_sra_small() -> None:
