@@ -159,12 +159,14 @@ class _Jobs:
                 signal.signal(one, handler)
 
     def train(self, cell: Cell) -> FinishedCell | None:
-        """None when it may not begin. Raises `TrainingError` when the run does not end."""
+        """None when it may not begin or was told to stop. Raises `TrainingError` when it does not end."""
         run, place = RunDir(self.runs / cell.name), self.places.get()
         try:
             if self.over.is_set():
                 return None
             code = self._call(cell, run, place)
+            if self.over.is_set() and not code and not run.summary_file.is_file():
+                return None  # it was told to stop, and has saved
             if code or not run.summary_file.is_file():
                 self.over.set()
                 said = "" if self.launch.jobs == 1 else f": {_log_of(run)} says why"
