@@ -390,7 +390,7 @@ def test_an_infinite_perplexity_is_kept(tmp_path: Path) -> None:
     assert read_cell(cell_file(tmp_path, own.name)) == own
 
 
-@pytest.mark.parametrize("folder", ["sra", "moe-family", "spectral"])
+@pytest.mark.parametrize("folder", ["sra", "sra-best", "moe-family", "spectral"])
 def test_committed_cells_make_their_tables_again(folder: str) -> None:
     here = ROOT / "docs" / "results" / folder
     known = json.loads((here / "comparison.json").read_text())
