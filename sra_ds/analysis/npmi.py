@@ -15,7 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from sra_ds.analysis.statistics import Floats, Measured, measured, resampling_weights
+from sra_ds.analysis.statistics import (
+    Floats,
+    Measured,
+    draws_of_null,
+    measured,
+    resampling_weights,
+)
 from sra_ds.analysis.words import NO_UNIT, Words
 
 WINDOW = 10
@@ -27,7 +33,10 @@ NEIGHBOURS = 32
 """Words of the pool nearest in rank, of which one replaces a listed word ..."""
 FREQUENCY_RATIO = 2.0
 """... if it is at most this many times as common or as rare."""
-NULL_DRAWS = 999
+FIRST_DRAWS = 999
+BEYOND = 10
+"""Fewer of the first draws than this at or above a list's coherence: draws go on. p is valid at every
+level, that of all draws where they went on, elsewhere that of the first (Besag and Clifford 1991)."""
 SEED = 0
 
 Ints = NDArray[np.int64]
@@ -100,9 +109,10 @@ class Coherence:
         self._words, self._block_of_document = words, block_of_document
         self._blocks = int(block_of_document.max(initial=0)) + 1
 
-    def of(self, topics: Sequence[Sequence[int]], least: int) -> list[Measured]:
+    def of(self, topics: Sequence[Sequence[int]], least: int, tests: int) -> list[Measured]:
         """Measure lists of word numbers, most important first; words of the null occur `least` times at
-        least. Chance is 0: independent words."""
+        least, and are drawn often enough for p to be adjusted over so many `tests`. Chance is 0:
+        independent words."""
         pool = self._pool(least)
         used = np.unique(np.concatenate([pool, *(np.array(t, np.int64) for t in topics)]))
         number_W = np.full(len(self.frequency_W), NO_UNIT, np.int64)
@@ -126,12 +136,14 @@ class Coherence:
         resampled = [total.coherences(w, a, b, owner, len(lists)) for w in weights_RB]
         resampled_RN = np.array(resampled).reshape(-1, len(lists))
         null = _Null(null_UU, total.windows_B.sum(), self.frequency_W[pool])
-        rng = np.random.default_rng(SEED)
-        return [
-            measured(
-                values[n], null.draw(self.frequency_W[list(t)], rng), resampled_RN[:, n], chance=0.0
-            )
+        draws, rng = draws_of_null(tests), np.random.default_rng(SEED)
+        nulls = (
+            null.against(values[n], self.frequency_W[list(t)], draws, rng)
             for n, t in enumerate(topics)
+        )
+        return [
+            measured(values[n], null_R, resampled_RN[:, n], chance=0.0)
+            for n, null_R in enumerate(nulls)
         ]
 
     def _pool(self, least: int) -> Ints:
@@ -189,8 +201,17 @@ class _Null:
         self.order = np.argsort(frequency_U, kind="stable")
         self.sorted_frequency = frequency_U[self.order]
 
-    def draw(self, frequency_T: Ints, rng: np.random.Generator) -> Floats:
-        """Coherences of `NULL_DRAWS` lists whose words are as frequent; empty for fewer than two."""
+    def against(
+        self, value: float, frequency_T: Ints, draws: int, rng: np.random.Generator
+    ) -> Floats:
+        """Coherences of lists whose words are as frequent: `FIRST_DRAWS`, or `draws` if few reach
+        `value`; empty for fewer than two words."""
+        first_R = self._draw(frequency_T, FIRST_DRAWS, rng)
+        if not first_R.size or (first_R >= value).sum() >= BEYOND:
+            return first_R
+        return np.concatenate([first_R, self._draw(frequency_T, draws - FIRST_DRAWS, rng)])
+
+    def _draw(self, frequency_T: Ints, draws: int, rng: np.random.Generator) -> Floats:
         size, pool = len(frequency_T), len(self.order)
         if size < 2 or pool < 2:
             return np.empty(0)
@@ -200,7 +221,7 @@ class _Null:
         end_T = np.searchsorted(self.sorted_frequency, frequency_T * FREQUENCY_RATIO, "right")
         begin_T = np.maximum(first_T, rarest_T).clip(max=place_T)
         end_T = np.minimum(first_T + NEIGHBOURS, end_T).clip(min=place_T + 1)
-        words_RT = self.order[rng.integers(begin_T, end_T, (NULL_DRAWS, size))]
+        words_RT = self.order[rng.integers(begin_T, end_T, (draws, size))]
         i, j = np.triu_indices(size, 1)
         values_RP = self.npmi_UU[words_RT[:, i], words_RT[:, j]]
         same_RP = words_RT[:, i] == words_RT[:, j]

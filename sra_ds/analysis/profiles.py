@@ -115,8 +115,8 @@ def measure_coherence(
     words_M = labels.words.word_of_unit_M
     frequency_W = np.bincount(words_M[words_M >= 0], minlength=len(labels.words.words_W))
     coherence = Coherence(labels.words, labels.block_of_document, frequency_W)
-    everything = coherence.of([t for lists in (*own, *twins) for t in lists], least)
     count = sum(trace.slots_L)
+    everything = coherence.of([t for lists in (*own, *twins) for t in lists], least, count)
     halves = [iter(with_adjusted_p(half)) for half in (everything[:count], everything[count:])]
     by_layer = [[list(islice(half, slots)) for slots in trace.slots_L] for half in halves]
     return own, by_layer[0], by_layer[1]
